@@ -1,0 +1,180 @@
+"""Trains a Diffusion Transformer: ``python experiments/train.py digits --steps 200 --seed 1 --out runs/a``."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from odit import checkpoint, config, data, evaluate, health, plan, random, record, sample, train, validate
+from odit.data import loader
+from odit.health import CheckpointError, NumericError
+
+
+def main(run: config.Run) -> None:
+    """Checks, restores or initialises, then steps to the end, writing what the run is asked to."""
+    began = time.monotonic()
+    plan.check(run)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    lock = record.Lock(run.out)
+    dataset = data.open_dataset(run.data)
+    composed = plan.make(run, dataset)
+    print(plan.describe(composed), flush=True)
+
+    key = random.key(run.seed)
+    state = restore(composed, dataset) or fresh(composed, key)
+    stop = run.stop_at or run.steps
+    if state.step >= stop:
+        print(f"already at step {state.step} of {stop}: nothing to do")
+        return
+    recorder = record.Recorder(lock, run, state.step)
+    state = loop(composed, dataset, state, key, recorder, stop)
+
+    if state.step == run.steps:
+        finish(composed, dataset, state, recorder)
+    print(f"{run.out}: step {state.step} of {run.steps} after {time.monotonic() - began:.0f} s", flush=True)
+    if state.step == run.steps and run.evaluate and run.data.source == "digits":
+        judge(composed, dataset, state, recorder)
+    recorder.close()
+
+
+def restore(composed: plan.Plan, dataset: data.Dataset) -> train.TrainState | None:
+    """The state that ``--resume`` asks for, or None for a fresh start; refuses to write over a run by accident."""
+    run = composed.run
+    if run.resume is None:
+        if found := checkpoint.steps(run.out):
+            raise ValueError(
+                f"out {run.out} holds a run with checkpoints up to step {found[-1]}: go on with --resume latest, "
+                "or use another --out"
+            )
+        return None
+    path = checkpoint.find(run.resume, run.out)
+    if path is None:
+        print(f"resume latest: no checkpoint in {run.out}, starting at step 0", flush=True)
+        return None
+    told = checkpoint.read_about(path)
+    mine = {"data": dataset.fingerprint(), "seed": run.seed, "global_batch": run.global_batch}
+    for name, value in mine.items():
+        if told[name] != value:
+            raise CheckpointError(f"{path} was written with {name} {told[name]}, this run has {value}: use that one")
+    state, _ = checkpoint.load(path, composed)
+    print(f"resumed from {path} at step {state.step}", flush=True)
+    return state
+
+
+def fresh(composed: plan.Plan, key: random.Key) -> train.TrainState:
+    """Step 0, from a draw or from ``--init-from``."""
+    state = train.init_state(composed, key)
+    if composed.run.init_from is None:
+        return state
+    weights = [checkpoint.load_weights(composed.run.init_from, composed) for _ in range(2)]
+    return state._replace(params=weights[0], ema=weights[1])
+
+
+def loop(composed, dataset, state, key, recorder, stop) -> train.TrainState:
+    """Steps from ``state`` to ``stop``."""
+    run, step = composed.run, train.make_step(composed)
+    batches = loader.batches(
+        dataset,
+        random.fold_in(key, "data"),
+        global_batch=run.global_batch,
+        start=state.step,
+        stop=stop,
+        workers=run.data.workers,
+        flip=run.data.flip,
+        bad_budget=run.data.bad_budget,
+        on_bad=lambda path, reason: tqdm.write(f"skipped {path}: {reason}"),
+    )
+    bar = tqdm(total=stop, initial=state.step, unit="step", disable=not run.progress, mininterval=0.5)
+    mark, mark_step, bad_streak = time.monotonic(), state.step, 0
+    try:
+        for batch in batches:
+            state, metrics = step(state, batch, key)
+            bad_streak = bad_streak + 1 if "bad" in metrics else 0
+            if "bad" in metrics:
+                tqdm.write(f"step {state.step}: {metrics['bad']} is not finite; the update was skipped")
+            if bad_streak == 10:
+                raise NumericError(f"10 steps in a row up to {state.step} were not finite, the last in {metrics['bad']}")
+            bar.update()
+            if state.step % run.log_every == 0 or state.step in (1, stop) or bad_streak:
+                speed = run.global_batch * (state.step - mark_step) / max(1e-9, time.monotonic() - mark)
+                mark, mark_step = time.monotonic(), state.step
+                recorder.log(state.step, {**metrics, "samples_per_s": round(speed, 1)})
+                bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:.0f} samples/s")
+            periodic(composed, dataset, state, recorder, stop)
+    finally:
+        batches.close()
+        bar.close()
+    return state
+
+
+def periodic(composed, dataset, state, recorder, stop) -> None:
+    """Validation, pictures and checkpoints, when they are due."""
+    run, last = composed.run, state.step == stop
+    if (state.step % run.validate_every == 0 or last) and len(dataset.held_out_ids):
+        found = validate.validate(composed, state.ema, dataset)
+        recorder.log(state.step, found, prefix="validation_")
+        tqdm.write(f"step {state.step}: validation loss {found['loss']:.5f} (EMA weights)")
+    if state.step % run.sample_every == 0 or last:
+        recorder.pictures(state.step, grid(composed, state), columns(composed))
+    if state.step % run.checkpoint_every == 0 or last:
+        checkpoint.save(run.out, state, about(composed, dataset, state), run.keep)
+
+
+def grid(composed: plan.Plan, state: train.TrainState) -> torch.Tensor:
+    """Pictures from the EMA weights, always of the same noise: a column a class, or 16 of any."""
+    labels = sample.spread_labels(8 * columns(composed), min(composed.shape.num_classes, columns(composed)))
+    return sample.sample(composed, state.ema, labels, random.key(composed.run.seed), batch=32)
+
+
+def columns(composed: plan.Plan) -> int:
+    """Columns of the sample grid."""
+    return min(composed.shape.num_classes, 10) or 4
+
+
+def about(composed, dataset, state) -> dict:
+    """What checkpoints and weights files tell beside their tensors."""
+    run = composed.run
+    return {
+        "seed": run.seed,
+        "global_batch": run.global_batch,
+        "samples": state.step * run.global_batch,
+        "config": config.to_json(run),
+        "shape": dataclasses.asdict(composed.shape),
+        "data": dataset.fingerprint(),
+        "class_names": dataset.class_names,
+        "versions": record.about(),
+    }
+
+
+def finish(composed, dataset, state, recorder) -> None:
+    """The weights to share, and where things lie."""
+    path = composed.run.out / "ema.safetensors"
+    checkpoint.save_weights(path, state.ema, {**about(composed, dataset, state), "step": state.step})
+    newest = max((composed.run.out / "samples").glob("*.png"))
+    print(f"weights: {path}\nsamples: {newest}", flush=True)
+
+
+def judge(composed, dataset, state, recorder) -> None:
+    """The closing report; its last line is the class accuracy."""
+    found = evaluate.evaluate(composed, state.ema, dataset)
+    record.write_json(composed.run.out / "evaluation.json", found)
+    recorder.log(state.step, found, prefix="evaluation_")
+    print(evaluate.report(found), flush=True)
+
+
+def cli() -> None:
+    """Reads the command line: a preset and what is changed of it."""
+    warnings.filterwarnings("default", module="odit")
+    run = tyro.extras.overridable_config_cli(config.presets(), description=__doc__)
+    main(run)
+
+
+if __name__ == "__main__":
+    health.run(cli)
+

@@ -1,0 +1,245 @@
+"""What a run is: typed settings, the shipped presets, and both as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from odit import data, diffusion, optim
+from odit.models import dit
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Where the numbers live; nothing here changes what they are."""
+
+    dp: int | None = None
+    """Ranks that share a batch; the default is what the ranks leave."""
+    sp: int = 1
+    """Ranks that share a sample's tokens."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """What is split over ranks: 1 optimizer and EMA, 2 and gradients, 3 and parameters."""
+    sequence: Literal["auto", "none", "fastseq", "ulysses", "ring", "usp", "megatron", "dsp"] = "auto"
+    """How ranks share a sample's tokens."""
+    ulysses: int | None = None
+    """Inner degree of usp."""
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    """Dtype in which gradients are summed over ranks."""
+    remat: Literal["none", "block", "selective"] = "none"
+    """Activations computed again in backward instead of kept."""
+    offload: Literal["none", "optimizer", "auto"] = "none"
+    """State kept in host memory."""
+    memory_gib: float | None = None
+    """Device memory that offload auto stays under."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (Ho and Salimans 2022) of the samples a run shows and judges."""
+
+    scale: float = 4.0
+    """uncond + scale * (cond - uncond); 1 is no guidance."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Noise levels between which it acts; 0 is data, 1 noise (Kynkaanniemi et al. 2024)."""
+    channels: int | None = None
+    """Leading channels that are guided; 3 is what DiT's published numbers used, None is all."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn."""
+
+    solver: Literal["ddpm", "ddim", "dpm++", "euler", "heun", "sde"] | None = None
+    """None takes heun for flow and ddim otherwise."""
+    steps: int = 50
+    """Solver steps."""
+    guidance: Guidance = field(default_factory=Guidance)
+    clip: float | None = None
+    """Clamps predicted clean pictures to [-clip, clip] (ddpm, ddim, dpm++)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; its meaning is (config, seed, data)."""
+
+    out: Path = Path("runs/run")
+    """Folder the run writes."""
+    seed: int = 0
+    """Seed of every draw."""
+    steps: int = 2000
+    """Length of the run; schedules follow it."""
+    stop_at: int | None = None
+    """Ends early, with a checkpoint, after this step."""
+    global_batch: int = 96
+    """Samples a step, over all ranks."""
+    micro_batch: int | None = None
+    """Samples a forward pass and rank; None takes the whole share at once. Results do not depend on it."""
+    resume: str | None = None
+    """'latest', or the path of a checkpoint."""
+    init_from: Path | None = None
+    """Weights file or checkpoint to start from instead of a fresh draw; live and EMA weights both start there."""
+    replay: Path | None = None
+    """Crash folder to execute again."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    sample_every: int = 1000
+    """Steps between sample grids from the EMA weights."""
+    validate_every: int = 500
+    """Steps between validation losses on held-out data."""
+    validation_draws: int = 4
+    """Times and noises drawn for each held-out sample."""
+    grad_norms: bool = False
+    """Adds gradient norms a sample, by bin of t, to the validation (slow: one backward a sample)."""
+    evaluate: bool = True
+    """Judges 1,000 samples at the end, where the data has a judge (digits)."""
+    progress: bool = True
+    """Progress bars."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Dtype of matrix products; masters, moments and EMA are fp32 always."""
+    kernels: Literal["auto", "reference", "fused"] = "auto"
+    """Plain PyTorch, or fused kernels."""
+    compile: bool = False
+    """Compiles the blocks."""
+    device: str = "auto"
+    """'auto' takes a GPU where there is one."""
+    threads: int | None = None
+    """CPU threads; None leaves PyTorch's choice."""
+
+    data: data.Config = field(default_factory=data.Config)
+    model: dit.Config = field(default_factory=dit.Config)
+    diffusion: diffusion.Config = field(default_factory=diffusion.Config)
+    optimizer: optim.Config = field(default_factory=optim.Config)
+    sampling: Sampling = field(default_factory=Sampling)
+    parallel: Parallel = field(default_factory=Parallel)
+
+
+def _digits() -> Run:
+    return Run(
+        out=Path("runs/digits"),
+        steps=1500,
+        checkpoint_every=500,
+        sample_every=500,
+        validate_every=250,
+        data=data.Config(source="digits", held_out=1 / 6),
+        model=dit.Config(width=128, depth=6, heads=4, patch=2),
+        diffusion=diffusion.Config(objective="flow", time_scale=1000.0),
+        optimizer=optim.Config(lr=1e-3, warmup=100, decay="cosine", clip=1.0, ema_decay=0.998),
+        sampling=Sampling(solver="heun", steps=20, guidance=Guidance(scale=2.0)),
+    )
+
+
+def _folder() -> Run:
+    return Run(
+        out=Path("runs/folder"),
+        steps=50_000,
+        global_batch=64,
+        log_every=20,
+        checkpoint_every=5000,
+        sample_every=2500,
+        validate_every=2500,
+        validation_draws=1,
+        data=data.Config(source="folder", image_size=32, flip=True, held_out=0.05, workers=2),
+        model=dit.Config(width=384, depth=12, heads=6, patch=2),
+        diffusion=diffusion.Config(objective="flow", time_scale=1000.0),
+        optimizer=optim.Config(lr=2e-4, warmup=1000, clip=1.0, ema_decay=0.9995),
+    )
+
+
+def _published(size: str, patch: int) -> Run:
+    return Run(
+        out=Path(f"runs/dit-{size}-{patch}"),
+        steps=400_000,
+        global_batch=256,
+        log_every=100,
+        checkpoint_every=10_000,
+        sample_every=10_000,
+        validate_every=10_000,
+        validation_draws=1,
+        data=data.Config(source="synthetic", image_size=32, channels=4, num_classes=1000, held_out=0.0),
+        model=dit.sized(size, patch),
+        diffusion=diffusion.Config(objective="eps", variance="learned"),
+        optimizer=optim.Config(lr=1e-4, ema_decay=0.9999, ema_warmup=False),
+        sampling=Sampling(solver="ddpm", steps=250, guidance=Guidance(scale=4.0, channels=3)),
+    )
+
+
+def presets() -> dict[str, tuple[str, Run]]:
+    """Name -> (description, run)."""
+    sizes = {
+        f"dit-{s}-{p}": (f"DiT-{s.upper()}/{p} as published, on synthetic latents or your folder.", _published(s, p))
+        for s in dit.SIZES
+        for p in (2, 4, 8)
+    }
+    return {
+        "digits": ("1,797 real handwritten digits, 8x8, minutes on a CPU.", _digits()),
+        "folder": ("Your folder of pictures (one sub-folder a class, or flat).", _folder()),
+        **sizes,
+    }
+
+
+def to_json(value: Any) -> Any:
+    """Turns a config into what json can write."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_json(cls: type, found: Any, key: str = "") -> Any:
+    """Builds a config of type ``cls`` from what json read.
+
+    Raises:
+        ValueError: an unknown key (with the nearest name) or a value of the wrong type, named by its dotted key.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"{key or 'config'} is {found!r}: use an object of {cls.__name__}'s settings")
+    hints = typing.get_type_hints(cls)
+    for name in found:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(hints)}"
+            raise ValueError(f"{_join(key, name)} is no setting of this version: {hint}")
+    return cls(**{name: _value(hints[name], value, _join(key, name)) for name, value in found.items()})
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value, key)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            if type(None) in args:
+                return None
+        else:
+            return _value(next(a for a in args if a is not type(None)), value, key)
+    elif origin is Literal:
+        if value in args and type(value) in {type(a) for a in args}:
+            return value
+        raise ValueError(f"{key} is {value!r}: use one of {', '.join(map(str, args))}")
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)) and len(value) == len(args):
+            return tuple(_value(a, v, key) for a, v in zip(args, value))
+    elif hint is Path:
+        if isinstance(value, str):
+            return Path(value)
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif type(value) is hint:
+        return value
+    name = getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{key} is {value!r} ({type(value).__name__}): use a value of type {name}")

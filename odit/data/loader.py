@@ -1,0 +1,195 @@
+"""The order of samples, and reading them: batch ``step`` is a function of (key, step) and the data alone.
+
+Position p of the endless sequence of epochs is sample ``train_ids[permutation(epoch's key, p % n)]`` of epoch p // n. Step s holds
+positions s * global_batch and on, so batches run on across epochs and nothing is dropped, saved or shuffled in memory.
+A bad sample is replaced by one that its draw id selects; the draw id stays, so every other draw of the run does too.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from odit import random
+from odit.data.dataset import BadSample, Batch, DataError, Dataset
+
+MAX_ATTEMPTS = 64  # substitutes tried for one sample; if this many are bad in a row, the data is
+ALWAYS_ALLOWED = 10  # bad samples that never stop a run
+ORDER_CHUNK = 2**14  # positions looked up at once: a permutation costs milliseconds however few it maps
+READ_CHUNK = 8  # samples read at once; a bad one makes its chunk be read again one by one
+WORKER_TIMEOUT_S = 600
+
+
+def batches(
+    dataset: Dataset,
+    key: random.Key,
+    *,
+    global_batch: int,
+    start: int = 0,
+    stop: int,
+    workers: int = 0,
+    flip: bool = False,
+    bad_budget: float = 0.01,
+    on_bad: Callable[[str, str], None] | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """Yields the batches of steps start, ..., stop - 1, the same bit for bit for any ``workers``.
+
+    Args:
+        part: (rank, num): yields the rank-th of num equal contiguous shares of each global batch.
+        on_bad: called with (path, reason) once a bad file.
+        bad_budget: raises DataError, listing the files, when more distinct samples than this fraction of those read, and more
+            than 10, were bad. Counted in this iterator: from ``start``, in this part.
+
+    Closing the iterator ends its worker processes.
+    """
+    rank, num = part
+    if global_batch < 1 or global_batch % num:
+        raise ValueError(f"a global batch of {global_batch} cannot be cut into {num} equal parts")
+    assert 0 <= rank < num and 0 <= start, (part, start)
+    shares = order(dataset.train_ids, key, global_batch, start, stop, part)
+    return _batches(dataset, key, shares, workers, flip, bad_budget, on_bad)
+
+
+def order(
+    train_ids: Tensor, key: random.Key, global_batch: int, start: int, stop: int, part: tuple[int, int] = (0, 1)
+) -> Iterator[Tensor]:
+    """Yields the draw ids (B,) of each step's share."""
+    rank, num = part
+    share = global_batch // num
+    stride = max(1, ORDER_CHUNK // share)
+    for first in range(start, stop, stride):
+        steps = torch.arange(first, min(first + stride, stop))
+        positions = steps[:, None] * global_batch + rank * share + torch.arange(share)
+        yield from draw_ids(train_ids, key, positions)
+
+
+def draw_ids(train_ids: Tensor, key: random.Key, positions: Tensor) -> Tensor:
+    """Maps positions in the sequence of epochs to draw ids, epoch * 2**32 + sample id; any shape, int64."""
+    num = len(train_ids)
+    epoch = positions // num
+    first = int(epoch.min())
+    keys = torch.tensor([random.fold_in(key, "order", e) for e in range(first, int(epoch.max()) + 1)])
+    lo, hi = keys[epoch - first].unbind(-1)  # a key a position, so that one call serves many short epochs
+    return (epoch << 32) + train_ids[random.permutation(random.Key(lo, hi), num, positions % num)]
+
+
+def sample_ids(draw_ids_B: Tensor) -> Tensor:
+    """Recovers sample ids from draw ids."""
+    return draw_ids_B & random.MASK
+
+
+def substitute(train_ids: Tensor, key: random.Key, draw_id: int, attempt: int) -> int:
+    """Chooses the sample id that stands in for a bad sample; a function of the arguments, nothing else."""
+    ids = torch.tensor([draw_id])
+    word = random.bits(random.fold_in(key, "substitute"), (1,), ids, start=attempt)
+    return int(train_ids[int(word) % len(train_ids)])
+
+
+def mirror(x_BCHW: Tensor, key: random.Key, ids_B: Tensor) -> Tensor:
+    """Mirrors half of the samples left to right, chosen by draw id."""
+    chosen_B = random.uniform(random.fold_in(key, "flip"), (), ids_B) < 0.5
+    return torch.where(chosen_B[:, None, None, None], x_BCHW.flip(-1), x_BCHW)
+
+
+class Reading(NamedTuple):
+    """One share as it was read; ``bad`` are the (path, reason) met on the way, x and y are None when all attempts failed."""
+
+    ids_B: Tensor
+    x_BCHW: Tensor | None
+    y_B: Tensor | None
+    bad: list[tuple[str, str]]
+
+
+def read_share(dataset: Dataset, key: random.Key, ids_B: Tensor) -> Reading:
+    """Reads the samples of ``ids_B``, bad ones replaced."""
+    xs, ys, bad = [], [], []
+    for ids in ids_B.split(READ_CHUNK):
+        try:
+            read = [dataset.read(sample_ids(ids))]
+        except BadSample:
+            read = [_read_one(dataset, key, draw_id, bad) for draw_id in ids.tolist()]
+        if None in read:
+            return Reading(ids_B, None, None, bad)
+        xs += [x for x, _ in read]
+        ys += [y for _, y in read]
+    return Reading(ids_B, torch.cat(xs), torch.cat(ys), bad)
+
+
+def _read_one(dataset: Dataset, key: random.Key, draw_id: int, bad: list) -> tuple[Tensor, Tensor] | None:
+    sample_id = draw_id & random.MASK
+    for attempt in range(MAX_ATTEMPTS):
+        try:
+            return dataset.read([sample_id])
+        except BadSample as error:
+            bad.append((error.path, error.reason))
+            sample_id = substitute(dataset.train_ids, key, draw_id, attempt)
+    return None
+
+
+def _batches(dataset, key, shares, workers, flip, bad_budget, on_bad) -> Iterator[Batch]:
+    bad: dict[str, str] = {}
+    num_read = 0
+    read = functools.partial(read_share, dataset, key)
+    for reading in map(read, shares) if workers == 0 else _read_ahead(read, shares, workers):
+        for path, reason in reading.bad:
+            if path not in bad:
+                bad[path] = reason
+                if on_bad is not None:
+                    on_bad(path, reason)
+        # Distinct bad samples against distinct samples: a damaged file does not count anew in each epoch.
+        num_read = min(num_read + len(reading.ids_B), len(dataset.train_ids))
+        if reading.x_BCHW is None or len(bad) > max(ALWAYS_ALLOWED, bad_budget * num_read):
+            raise DataError(_over_budget(bad, num_read, bad_budget))
+        x_BCHW = mirror(reading.x_BCHW, key, reading.ids_B) if flip else reading.x_BCHW
+        yield Batch(reading.ids_B, x_BCHW, reading.y_B)
+
+
+def _over_budget(bad: dict[str, str], num_read: int, bad_budget: float) -> str:
+    files = "\n".join(f"  {path}: {reason}" for path, reason in bad.items())
+    return (
+        f"{len(bad)} bad samples among {num_read} read, data.bad_budget is {bad_budget} "
+        f"({ALWAYS_ALLOWED} are always allowed): repair or remove these files, or raise the budget\n{files}"
+    )
+
+
+class _Shares(torch.utils.data.Dataset):
+    """Lets a DataLoader's workers call ``read``: the index is a share's draw ids."""
+
+    def __init__(self, read: Callable[[Tensor], Reading]):
+        self.read = read
+
+    def __getitem__(self, ids_B: Tensor) -> Reading:
+        return self.read(ids_B)
+
+
+def _read_ahead(read: Callable[[Tensor], Reading], shares: Iterable[Tensor], workers: int) -> Iterator[Reading]:
+    # spawn: a fork after CUDA or gloo threads have started is not safe.
+    loader = torch.utils.data.DataLoader(
+        _Shares(read),
+        batch_size=None,
+        sampler=shares,
+        collate_fn=_same,
+        num_workers=workers,
+        prefetch_factor=2,
+        worker_init_fn=_ignore_signals,
+        multiprocessing_context="spawn",
+        timeout=WORKER_TIMEOUT_S,
+        generator=torch.Generator(),  # else it draws a seed from the global generator
+    )
+    return iter(loader)  # dropping the iterator ends its workers
+
+
+def _same(reading: Reading) -> Reading:
+    return reading
+
+
+def _ignore_signals(worker: int) -> None:
+    # A signal to the whole job asks the trainer to save and leave; workers serve it until then, and leave with it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,49 @@
+"""Flow matching on the straight path between noise and data: SiT (Ma et al. 2024), Lipman et al. 2023.
+
+x_t = t x + (1 - t) noise for t in [0, 1]: t = 0 is pure noise and t = 1 is data. The network predicts dx_t/dt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from odit.diffusion.gaussian import at_least_fp32, mean_per_sample, over
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A straight path with its distribution of training times."""
+
+    times: Literal["uniform", "logit-normal"] = "uniform"
+    time_scale: float = 1.0
+    """Factor from t to what the timestep embedding sees."""
+
+    def draw_times(self, uniform_B: Tensor, normal_B: Tensor) -> Tensor:
+        """Makes fp32 times of fp32 draws: the uniforms themselves, or the logistic function of the normals."""
+        if self.times == "uniform":
+            return uniform_B.float()
+        return 1 / (1 + torch.exp(-normal_B.float()))  # torch.sigmoid's bits depend on how a tensor is sliced
+
+    def network_time(self, t_B: Tensor) -> Tensor:
+        """Gives the fp32 time that the timestep embedding sees."""
+        return t_B.float() * self.time_scale
+
+    def bins(self, t_B: Tensor, num: int) -> Tensor:
+        """Sorts times into ``num`` equal bins of [0, 1), int64; t = 1 counts to the last."""
+        return (t_B.double() * num).long().clamp(max=num - 1)
+
+    def corrupt(self, x_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+        """Gives the point at t on the path from noise to data."""
+        t = over(t_B, x_BCHW)
+        return t * x_BCHW + (1 - t) * noise_BCHW
+
+    def loss(self, model, x_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+        """Computes loss_B, the mean squared error of the velocity x - noise, in at least fp32."""
+        x, noise = at_least_fp32(x_BCHW), at_least_fp32(noise_BCHW)
+        out = model(self.corrupt(x, t_B, noise), self.network_time(t_B)).to(x.dtype)
+        assert out.shape == x.shape, f"the model puts out {tuple(out.shape)} where {tuple(x.shape)} is needed"
+        return mean_per_sample((out - (x - noise)).square())

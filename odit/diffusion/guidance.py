@@ -1,0 +1,53 @@
+"""Classifier-free guidance (Ho & Salimans 2022), within an interval of noise levels (Kynkaanniemi et al. 2024)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from odit import tree
+from odit.diffusion.flow import Flow
+from odit.diffusion.gaussian import Gaussian
+
+
+def level(objective: Gaussian | Flow, t):
+    """Gives the noise's share of the path, 0 at clean data and 1 at pure noise: t / T (T as trained), or 1 - t of a flow.
+
+    t is a Python number or a tensor, and for a Gaussian process counts in the steps that were trained on.
+    """
+    return 1 - t if isinstance(objective, Flow) else t / objective.train_steps
+
+
+def guided(
+    model, cond_B, null_B, *, scale: float, interval: tuple[float, float] = (0.0, 1.0), channels: int | None = None
+):
+    """Makes ``model_guided(x, t_net_B, level)`` of ``model(x, t_net_B, cond)``: null + scale (cond - null).
+
+    Both passes go through one call of 2B samples, the conditional half first. At scale 1, and at levels outside the
+    interval (its ends are inside), the null pass is left out and the result is the conditional one bit for bit.
+
+    Args:
+        cond_B, null_B: tensors or trees of tensors with B first; null_B may be None at scale 1.
+        channels: how many leading channels are guided: 3 in DiT's published numbers, None for all C of the prediction.
+            The others, a learned variance among them, are the conditional pass's.
+    """
+    low, high = interval
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance is {scale}: use a finite number, 1 for no guidance")
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"guidance_interval is ({low}, {high}): use two noise levels with 0 <= low <= high <= 1")
+    if channels is not None and channels < 1:
+        raise ValueError(f"guidance_channels is {channels}: use 1 or more, or leave it out for all")
+    both_B = None if scale == 1 else tree.map(lambda c, n: torch.cat([c, n]), cond_B, null_B)
+
+    def model_guided(x, t_net_B, level: float):
+        if scale == 1 or not low <= level <= high:
+            return model(x, t_net_B, cond_B)
+        num = x.shape[1] if channels is None else channels
+        assert num <= x.shape[1], f"{num} guided channels of {x.shape[1]}"
+        cond, null = model(torch.cat([x, x]), torch.cat([t_net_B, t_net_B]), both_B).chunk(2)
+        toward = null[:, :num] + scale * (cond[:, :num] - null[:, :num])
+        return torch.cat([toward, cond[:, num:]], 1)
+
+    return model_guided

@@ -1,0 +1,66 @@
+"""Judging a digits model: class accuracy, Frechet distance with its floor, and distance to the training set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from odit import metrics, random, sample, tree
+from odit.config import Sampling
+from odit.data import Dataset
+from odit.plan import Plan
+
+KEY = random.fold_in(random.key(0), "evaluate")  # the judge is the same for every run
+
+
+def evaluate(
+    plan: Plan,
+    params: tree.Tree,
+    dataset: Dataset,
+    *,
+    num: int = 1000,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    progress: Callable | None = None,
+) -> dict[str, Any]:
+    """Draws ``num`` pictures, spread evenly over the classes, and judges them with a classifier trained on the real ones.
+
+    Returns percentages (``class_accuracy``, ``judge_accuracy`` on held-out data), Frechet distances in the classifier's
+    features (``frechet`` of generated to real training pictures; ``frechet_floor`` between two halves of these) and mean
+    Euclidean distances to the nearest training picture (``nearest`` of generated, ``nearest_held_out`` of held-out
+    pictures: a model that copies falls far below it; ``copies`` counts generated pictures nearer than any held-out one).
+    """
+    x_train, y_train = dataset.read(dataset.train_ids)
+    x_held, y_held = dataset.read(dataset.held_out_ids)
+    judge = metrics.train_judge(x_train, y_train, x_held, y_held, dataset.num_classes, random.fold_in(KEY, "judge"))
+    labels = sample.spread_labels(num, dataset.num_classes)
+    key = random.fold_in(random.key(seed), "evaluate")
+    pictures = sample.sample(plan, params, labels, key, sampling=sampling, progress=progress).clamp(-1, 1)
+    logits, features = metrics.classify(judge, pictures)
+    _, real = metrics.classify(judge, x_train)
+    nearest = metrics.nearest(pictures, x_train)
+    nearest_held = metrics.nearest(x_held, x_train)
+    return {
+        "num": num,
+        "class_accuracy": 100 * float((logits.argmax(-1) == labels).double().mean()),
+        "judge_accuracy": 100 * judge.accuracy,
+        "frechet": metrics.frechet(*metrics.moments(features), *metrics.moments(real)),
+        "frechet_floor": metrics.halves_distance(real, random.fold_in(KEY, "halves")),
+        "nearest": float(nearest.mean()),
+        "nearest_held_out": float(nearest_held.mean()),
+        "copies": int((nearest < nearest_held.min()).sum()),
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    """Lines for people, the class accuracy last."""
+    return "\n".join(
+        [
+            f"judge's own accuracy on held-out digits: {found['judge_accuracy']:.1f}",
+            f"frechet distance to the real digits: {found['frechet']:.3f} (between two halves of these: "
+            f"{found['frechet_floor']:.3f})",
+            f"nearest training digit: {found['nearest']:.2f} away on average (held-out digits: "
+            f"{found['nearest_held_out']:.2f}); {found['copies']} of {found['num']} nearer than any held-out digit",
+            f"class accuracy: {found['class_accuracy']:.1f}",
+        ]
+    )

@@ -1,0 +1,80 @@
+"""Small pure functions that models share: patches, positions, embeddings of times and labels."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from odit.ops import at_least_fp32, linear
+
+
+def patchify(x_BCHW: Tensor, patch: int) -> Tensor:
+    """Cuts pictures into tokens (B, L, C * patch * patch), rows first, channels slowest within a token."""
+    B, C, H, W = x_BCHW.shape
+    x = x_BCHW.reshape(B, C, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // patch) * (W // patch), C * patch * patch)
+
+
+def unpatchify(x_BLP: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """Lays tokens of (patch, patch, C) values out as pictures (B, C, height, width); channels are fastest, as DiT's final layer."""
+    B, _, size = x_BLP.shape
+    C = size // patch**2
+    x = x_BLP.reshape(B, height // patch, width // patch, patch, patch, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, height, width)
+
+
+def sincos_1d(position_L: Tensor, dim: int) -> Tensor:
+    """Sine and cosine of position * 10000^(-i / (dim/2)), i < dim/2: (L, dim) fp64 (Vaswani et al. 2017)."""
+    frequency = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angle = position_L.double()[:, None] * frequency
+    return torch.cat((angle.sin(), angle.cos()), -1)
+
+
+def sincos_2d(rows: int, columns: int, dim: int) -> Tensor:
+    """Fixed position table (rows * columns, dim) fp64: the first half of dim codes the column, the second the row.
+
+    The order is that of MAE and DiT, whose grid puts the width first.
+    """
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.cat((sincos_1d(column.flatten(), dim // 2), sincos_1d(row.flatten(), dim // 2)), -1)
+
+
+def rotary_2d(rows: int, columns: int, head_size: int, base: float = 100.0) -> tuple[Tensor, Tensor]:
+    """cos and sin (rows * columns, head_size / 2) fp64 for 2-D rotary positions: half the pairs turn with the row, half
+    with the column (axial RoPE; base 100 as in Heo et al. 2024, "Rotary Position Embedding for Vision Transformer")."""
+    quarter = head_size // 4
+    frequency = base ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angle = torch.cat([p.flatten().double()[:, None] * frequency for p in (row, column)], -1)
+    return angle.cos(), angle.sin()
+
+
+def timestep_features(t_B: Tensor, dim: int, freqs: Literal["dit", "diffusers"] = "dit") -> Tensor:
+    """cos and sin of t * 10000^(-i / n), i < dim/2, as (B, dim) in at least fp32; n is dim/2 in DiT, dim/2 - 1 in
+    diffusers' port."""
+    half = dim // 2
+    t = at_least_fp32(t_B)
+    exponent = torch.arange(half, dtype=torch.float64) / (half if freqs == "dit" else half - 1)
+    frequency = torch.exp(-math.log(10000.0) * exponent).to(t)
+    angle = t[:, None] * frequency
+    return torch.cat((angle.cos(), angle.sin()), -1)
+
+
+def embed_timestep(t_B: Tensor, p: dict, freqs: Literal["dit", "diffusers"] = "dit") -> Tensor:
+    """fc2(silu(fc1(features))): (B, D); features are computed in at least fp32 and cast to the weights' dtype."""
+    w = p["fc1"]["w"]
+    features = timestep_features(t_B, w.shape[1], freqs).to(w.dtype)
+    return linear(torch.nn.functional.silu(linear(features, p["fc1"])), p["fc2"])
+
+
+def embed_label(y_B: Tensor, table_VD: Tensor) -> Tensor:
+    """Looks labels up: (B, D). Plain indexing, so that every torch.func transform goes through."""
+    return table_VD[y_B]
+
+
+def adaln(c_BD: Tensor, p: dict[str, Tensor], chunks: int) -> tuple[Tensor, ...]:
+    """The shifts, scales and gates (B, D) each, regressed from silu(c) (DiT, section 3.2)."""
+    return linear(torch.nn.functional.silu(c_BD), p).chunk(chunks, -1)

@@ -1,0 +1,130 @@
+"""The record of sites: what a kernel or a parallel strategy may replace, each with its plain reference.
+
+A model receives the record as its last argument and calls its sites; a site never asks where it is. A kernel or a
+strategy is a function from record to record (``dataclasses.replace``). Letters: B samples, L tokens, D width, H heads,
+K head size, F ffn width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6  # DiT's LayerNorm
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Casts half precision to fp32 and leaves fp32 and fp64 alone."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def linear(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """x @ w.T + b with w of shape (out, in)."""
+    return torch.nn.functional.linear(x, p["w"], p.get("b"))
+
+
+def modulate(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float = EPS) -> Tensor:
+    """LayerNorm without affine, then h (1 + scale) + shift; statistics in at least fp32 (DiT, section 3.2)."""
+    x = at_least_fp32(x_BLD)
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    h = (x - mean) * torch.rsqrt(variance + eps)
+    return (h * (1 + scale_BD[:, None]) + shift_BD[:, None]).to(x_BLD.dtype)
+
+
+def gated(x_BLD: Tensor, gate_BD: Tensor, branch_BLD: Tensor) -> Tensor:
+    """x + gate * branch."""
+    return x_BLD + gate_BD[:, None] * branch_BLD
+
+
+def gated_modulate(
+    x_BLD: Tensor, gate_BD: Tensor, branch_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float = EPS
+) -> tuple[Tensor, Tensor]:
+    """The residual and the next modulated input: (x', h)."""
+    x_BLD = gated(x_BLD, gate_BD, branch_BLD)
+    return x_BLD, modulate(x_BLD, shift_BD, scale_BD, eps)
+
+
+def qkv(h_BLD: Tensor, p: dict, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Projects to q, k, v (B L H K); normalises q and k and rotates them where p and tables say so.
+
+    p holds w (3, H, K, D), b (3, H, K) and, with QK-norm, q_norm and k_norm (K,). tables is () or (cos, sin) of (L, K/2).
+    """
+    w = p["w"]
+    heads = torch.nn.functional.linear(h_BLD, w.flatten(0, 2), p["b"].flatten() if "b" in p else None)
+    q, k, v = heads.unflatten(-1, w.shape[:3]).unbind(2)
+    if "q_norm" in p:
+        q, k = rms_norm(q, p["q_norm"]), rms_norm(k, p["k_norm"])
+    if tables:
+        q, k = rotate(q, *tables), rotate(k, *tables)
+    return q, k, v
+
+
+def rms_norm(x: Tensor, weight_K: Tensor, eps: float = EPS) -> Tensor:
+    """x / rms(x) * weight over the last dim, statistics in at least fp32 (Zhang and Sennrich 2019)."""
+    y = at_least_fp32(x)
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight_K
+
+
+def rotate(x_BLHK: Tensor, cos_Lk: Tensor, sin_Lk: Tensor) -> Tensor:
+    """Rotates the pairs (x[i], x[i + K/2]) by each token's angles (Su et al. 2021); cos, sin are (L, K/2)."""
+    a, b = at_least_fp32(x_BLHK).chunk(2, -1)
+    cos, sin = cos_Lk[:, None], sin_Lk[:, None]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x_BLHK.dtype)
+
+
+def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, every query to every token of its sample; plain maths, so that jvp and vmap go through."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    scores = at_least_fp32((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2))
+    return (torch.softmax(scores, -1).to(v.dtype) @ v).transpose(1, 2)
+
+
+def out(o_BLHK: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """Projects the heads back to D; p holds w (D, H, K) and b (D)."""
+    return torch.nn.functional.linear(o_BLHK.flatten(2), p["w"].flatten(1), p["b"])
+
+
+def mlp(h_BLD: Tensor, p: dict) -> Tensor:
+    """fc2(gelu(fc1 h)) with tanh-GELU as DiT, or fc2(silu(gate h) * fc1 h) (SwiGLU, Shazeer 2020) where p has a gate."""
+    hidden = linear(h_BLD, p["fc1"])
+    if "gate" in p:
+        hidden = torch.nn.functional.silu(linear(h_BLD, p["gate"])) * hidden
+    else:
+        hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+    return linear(hidden, p["fc2"])
+
+
+def enter(x_BLD: Tensor, *tables: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The tokens of this place, and each table in the layout of ``qkv``'s output; here: everything."""
+    return x_BLD, tables
+
+
+def leave(x_BLD: Tensor) -> Tensor:
+    """All tokens again."""
+    return x_BLD
+
+
+def layers(block: Callable, params: list, x: Tensor, *args) -> Tensor:
+    """Runs x through ``block(p, x, *args)`` for each p of params."""
+    for p in params:
+        x = block(p, x, *args)
+    return x
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One function a site; the defaults are the single-device reference. Contracts stand in DESIGN 3."""
+
+    enter: Callable = enter
+    layers: Callable = layers
+    modulate: Callable = modulate
+    gated: Callable = gated
+    gated_modulate: Callable = gated_modulate
+    qkv: Callable = qkv
+    attend: Callable = attend
+    out: Callable = out
+    mlp: Callable = mlp
+    leave: Callable = leave

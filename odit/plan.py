@@ -1,0 +1,207 @@
+"""The composer: from a config to the functions and shapes a run needs, after every start-up check."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from odit import data, diffusion, optim, tree
+from odit.config import Run, Sampling
+from odit.diffusion import solvers
+from odit.diffusion.flow import Flow
+from odit.models import dit
+from odit.ops import Ops
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before the first step."""
+
+    run: Run
+    device: torch.device
+    shape: dit.Shape
+    declared: dict
+    objective: Any
+    ops: Ops
+    dtype: torch.dtype
+    micro_batch: int
+    notes: tuple[str, ...]
+    """Choices made for the user and why, one line each."""
+
+    @property
+    def null_label(self) -> int:
+        """The label of guidance's unconditional pass."""
+        return self.shape.num_classes
+
+    @property
+    def forward(self) -> Callable:
+        """``(params, x_BCHW, t_B, y_B) -> out``."""
+        return functools.partial(dit.forward, cfg=self.run.model, ops=self.ops)
+
+    def materialize(self, params: tree.Tree) -> tree.Tree:
+        """The working copy of the weights, in the dtype of matrix products; its backward casts gradients back."""
+        return tree.map(lambda p: p.to(self.dtype), params)
+
+
+def check(run: Run, shape: dit.Shape | None = None) -> None:
+    """Refuses what cannot run, before anything slow happens.
+
+    Raises:
+        ValueError: one sentence that names the key, what was found and what would be right.
+    """
+    _check_numbers(run)
+    _check_served(run)
+    data.check(run.data)
+    diffusion.check(run.diffusion)
+    optim.check(run.optimizer)
+    objective = diffusion.build(run.diffusion)
+    check_sampling(run.sampling, run.model, objective)
+    shape = shape or _expected_shape(run)
+    dit.check(run.model, shape)
+    if shape.num_classes and not run.model.label_dropout and run.sampling.guidance.scale != 1:
+        raise ValueError(
+            f"sampling.guidance.scale is {run.sampling.guidance.scale} but model.label_dropout 0.0 trains no null label: "
+            "use --model.label-dropout 0.1 or --sampling.guidance.scale 1"
+        )
+
+
+def _check_numbers(run: Run) -> None:
+    for name in ("steps", "global_batch", "log_every", "checkpoint_every", "sample_every", "validate_every", "keep"):
+        if getattr(run, name) < 1:
+            raise ValueError(f"{name} is {getattr(run, name)}: use 1 or more")
+    if run.validation_draws < 1:
+        raise ValueError(f"validation_draws is {run.validation_draws}: use 1 or more")
+    if not 0 <= run.seed < 2**64:
+        raise ValueError(f"seed is {run.seed}: use an integer in [0, 2**64)")
+    if run.stop_at is not None and not 0 < run.stop_at <= run.steps:
+        raise ValueError(f"stop_at {run.stop_at} lies outside the run's steps 1 to {run.steps}: use a step between them")
+    micro = run.micro_batch
+    if micro is not None and (micro < 1 or run.global_batch % micro):
+        fits = [n for n in range(1, run.global_batch + 1) if run.global_batch % n == 0]
+        nearest = min(fits, key=lambda n: abs(n - micro))
+        raise ValueError(
+            f"micro_batch {micro} does not divide global_batch {run.global_batch}: the nearest that does is {nearest}"
+        )
+    if run.threads is not None and run.threads < 1:
+        raise ValueError(f"threads is {run.threads}: use 1 or more")
+
+
+def _check_served(run: Run) -> None:
+    """Settings that this version knows but does not serve are refused, never ignored."""
+    p = run.parallel
+    later = {
+        "parallel.dp": (p.dp, (None, 1)),
+        "parallel.sp": (p.sp, (1,)),
+        "parallel.zero": (p.zero, (0,)),
+        "parallel.sequence": (p.sequence, ("auto", "none")),
+        "parallel.ulysses": (p.ulysses, (None,)),
+        "parallel.reduce": (p.reduce, ("fp32",)),
+        "parallel.remat": (p.remat, ("none",)),
+        "parallel.offload": (p.offload, ("none",)),
+        "parallel.memory_gib": (p.memory_gib, (None,)),
+        "kernels": (run.kernels, ("auto", "reference")),
+        "compile": (run.compile, (False,)),
+        "replay": (run.replay, (None,)),
+    }
+    for key, (found, served) in later.items():
+        if found not in served:
+            fits = " or ".join(str(value) for value in served)
+            raise ValueError(f"{key} is {found}, which this version does not serve yet: use {fits}")
+
+
+def check_sampling(sampling: Sampling, model: dit.Config, objective: Any) -> None:
+    """Refuses solver settings that do not fit the objective."""
+    solvers.check_solver(objective, solver_of(sampling, objective), sampling.steps)
+    g = sampling.guidance
+    if not 0 <= g.scale < float("inf"):
+        raise ValueError(f"sampling.guidance.scale is {g.scale}: use a number >= 0; 1 is no guidance")
+    if not 0 <= g.interval[0] < g.interval[1] <= 1:
+        raise ValueError(f"sampling.guidance.interval is {g.interval}: use two rising numbers in [0, 1]")
+    if g.channels is not None and g.channels < 1:
+        raise ValueError(f"sampling.guidance.channels is {g.channels}: use 1 or more, or leave it out for all")
+    if sampling.clip is not None and not sampling.clip > 0:
+        raise ValueError(f"sampling.clip is {sampling.clip}: use a positive number, or leave it out")
+
+
+def solver_of(sampling: Sampling, objective: Any) -> str:
+    """The solver chosen, or the default for the objective."""
+    return sampling.solver or ("heun" if isinstance(objective, Flow) else "ddim")
+
+
+def make(run: Run, dataset: data.Dataset) -> Plan:
+    """Composes a plan; checks first."""
+    shape = _shape(run, dataset)
+    check(run, shape)
+    device = pick_device(run.device)
+    notes = []
+    if run.kernels == "auto":
+        notes.append("kernels: reference (this version has no fused kernels yet)")
+    if run.global_batch > len(dataset.train_ids):
+        notes.append(
+            f"global batch {run.global_batch} is more than the {len(dataset.train_ids)} training samples: "
+            "a batch holds some of them twice, with other noise"
+        )
+    return Plan(
+        run=run,
+        device=device,
+        shape=shape,
+        declared=dit.declare(run.model, shape),
+        objective=diffusion.build(run.diffusion),
+        ops=Ops(),
+        dtype=DTYPES[run.precision],
+        micro_batch=run.micro_batch or run.global_batch,
+        notes=tuple(notes),
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; 'auto' is a GPU where there is one. Raises ValueError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not name.startswith("cuda"):
+        raise ValueError(f"device is {name!r}: use auto, cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r} but PyTorch {torch.__version__} sees no GPU: use --device cpu or auto")
+    return torch.device(name)
+
+
+def _shape(run: Run, dataset: data.Dataset) -> dit.Shape:
+    channels, height, width = dataset.shape
+    assert height == width, dataset.shape
+    return dit.Shape(channels, height, dataset.num_classes, 2 if run.diffusion.learned_variance else 1)
+
+
+def _expected_shape(run: Run) -> dit.Shape:
+    """The shape as far as the config tells it, without opening the data; a folder's classes are not known yet."""
+    cfg, outputs = run.data, 2 if run.diffusion.learned_variance else 1
+    if cfg.source == "digits":
+        return dit.Shape(1, 8, 10, outputs)
+    if cfg.source == "folder":
+        return dit.Shape(3, cfg.image_size, 0, outputs)
+    channels, size, num_classes = cfg.channels, cfg.image_size, cfg.num_classes
+    return dit.Shape(channels or 4, size or 32, 1000 if num_classes is None else num_classes, outputs)
+
+
+def describe(plan: Plan) -> str:
+    """A few lines for people: model, data, objective, choices."""
+    total, trainable = dit.num_params(plan.run.model, plan.shape)
+    cfg, shape = plan.run.model, plan.shape
+    lines = [
+        f"model: DiT width {cfg.width}, depth {cfg.depth}, heads {cfg.heads}, patch {cfg.patch}: "
+        f"{total / 1e6:.2f} M parameters ({trainable / 1e6:.2f} M trained), {dit.macs(cfg, shape) / 1e9:.3f} GMAC a sample",
+        f"data: {plan.run.data.source}, {shape.channels}x{shape.size}x{shape.size}, "
+        + (f"{shape.num_classes} classes" if shape.num_classes else "unconditional"),
+        f"run: {plan.run.diffusion.objective}, {plan.run.steps} steps of {plan.run.global_batch}, {plan.run.precision} "
+        f"on {plan.device}, seed {plan.run.seed}",
+    ]
+    return "\n".join([*lines, *plan.notes])
+
+
+
+

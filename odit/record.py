@@ -1,0 +1,154 @@
+"""What a run leaves behind: config, metrics, TensorBoard and pictures, in a folder that one live process owns."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import odit
+from odit.config import Run, to_json
+
+
+class Recorder:
+    """Writes ``config.json``, ``metrics.jsonl``, ``tensorboard/`` and ``samples/`` under ``out``.
+
+    On resume ``metrics.jsonl`` is cut after ``step`` and a torn last line is dropped.
+    """
+
+    def __init__(self, lock: Lock, run: Run, step: int = 0):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.lock, self.out = lock, run.out
+        write_json(run.out / "config.json", {**to_json(run), "_about": about()})
+        cut_metrics(run.out / "metrics.jsonl", step)
+        self.metrics = open(run.out / "metrics.jsonl", "a", encoding="utf-8")
+        self.board = SummaryWriter(str(run.out / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def log(self, step: int, values: dict[str, Any], prefix: str = "") -> None:
+        """Appends one line {"step": step, ...}; floats keep full precision, numbers also go to TensorBoard."""
+        named = {f"{prefix}{name}": value for name, value in values.items()}
+        self.metrics.write(json.dumps({"step": step, **named}) + "\n")
+        self.metrics.flush()
+        for name, value in named.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                self.board.add_scalar(name, value, step)
+
+    def pictures(self, step: int, images_NCHW: Tensor, columns: int) -> Path:
+        """Writes a grid PNG, and the same to TensorBoard."""
+        grid = picture_grid(images_NCHW, columns)
+        path = self.out / "samples" / f"step_{step:08d}.png"
+        save_png(path, grid)
+        self.board.add_image("samples", grid, step, dataformats="HWC")
+        return path
+
+    def close(self) -> None:
+        """Flushes everything and lets the folder go."""
+        self.metrics.close()
+        self.board.close()
+        self.lock.release()
+
+
+class Lock:
+    """An advisory lock on ``out/.lock``; it falls with its process, however that ends."""
+
+    def __init__(self, out: Path):
+        out.mkdir(parents=True, exist_ok=True)
+        self.file = open(out / ".lock", "a+", encoding="utf-8")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.seek(0)
+            holder = self.file.read().strip() or "unknown"
+            raise ValueError(f"out {out} is in use by process {holder}: wait for it, or use another --out") from None
+        self.file.truncate(0)
+        self.file.write(str(os.getpid()))
+        self.file.flush()
+
+    def release(self) -> None:
+        """Lets another process in."""
+        self.file.close()
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Keeps the whole lines of steps up to ``step``."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def about() -> dict[str, Any]:
+    """Versions and git state of this program."""
+    return {
+        "odit": odit.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "command": sys.argv,
+        "git": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _git(*args: str) -> str | None:
+    try:
+        root = Path(odit.__file__).parent
+        found = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def picture_grid(images_NCHW: Tensor, columns: int, gap: int = 2, least: int = 32) -> Tensor:
+    """Lays pictures in [-1, 1] out in rows: (height, width, 3) uint8. Small ones are enlarged to ``least`` pixels a side
+    without smoothing; latents of other than 1 or 3 channels show their first."""
+    N, C, H, W = images_NCHW.shape
+    images = images_NCHW if C == 3 else images_NCHW[:, :1].expand(N, 3, H, W)
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    zoom = max(1, -(-least // H))
+    pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    rows = -(-N // columns)
+    height, width = H * zoom + gap, W * zoom + gap
+    grid = torch.full((rows * height + gap, columns * width + gap, 3), 255, dtype=torch.uint8)
+    for n, picture in enumerate(pixels):
+        top, left = gap + (n // columns) * height, gap + (n % columns) * width
+        grid[top : top + H * zoom, left : left + W * zoom] = picture.permute(1, 2, 0)
+    return grid
+
+
+def save_png(path: Path, grid_HWC: Tensor, text: dict[str, str] | None = None) -> None:
+    """Writes a uint8 picture; ``text`` becomes the PNG's text fields."""
+    from PIL import Image, PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    for name, value in (text or {}).items():
+        info.add_text(name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(grid_HWC.numpy()).save(temporary, format="PNG", pnginfo=info)
+    os.replace(temporary, path)

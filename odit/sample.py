@@ -1,0 +1,72 @@
+"""Sampling: pictures from weights, each a function of (seed, picture index, label), whatever the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from odit import plan as plans
+from odit import random, tree
+from odit.config import Sampling
+from odit.diffusion import guidance, solvers
+from odit.plan import Plan
+
+
+def sample(
+    plan: Plan,
+    params: tree.Tree,
+    labels_N: Tensor,
+    key: random.Key,
+    *,
+    sampling: Sampling | None = None,
+    start: int = 0,
+    batch: int = 256,
+    progress: Callable | None = None,
+) -> Tensor:
+    """Draws one picture a label: (N, C, H, W) fp32, as the model left them (not clamped).
+
+    Args:
+        labels_N: int64; picture ``start + n`` shows label n. The null label gives unconditional pictures.
+        start: index of the first picture; its noise depends on key and index alone.
+        progress: wraps the iterable of solver steps, such as tqdm.
+    """
+    sampling = sampling or plan.run.sampling
+    params = plan.materialize(params)
+    indices = torch.arange(start, start + len(labels_N))
+    with torch.no_grad():
+        parts = [
+            _sample_batch(plan, params, y.to(plan.device), ids.to(plan.device), key, sampling, progress)
+            for y, ids in zip(labels_N.split(batch), indices.split(batch))
+        ]
+    return torch.cat(parts).float().cpu()
+
+
+def _sample_batch(plan, params, labels_B, ids_B, key, sampling: Sampling, progress) -> Tensor:
+    shape = (plan.shape.channels, plan.shape.size, plan.shape.size)
+    g = sampling.guidance
+    scale = g.scale if plan.shape.num_classes else 1.0
+    model = guidance.guided(
+        lambda x, t, y: plan.forward(params, x, t, y),
+        labels_B,
+        torch.full_like(labels_B, plan.null_label),
+        scale=scale,
+        interval=g.interval,
+        channels=g.channels,
+    )
+    return solvers.sample(
+        plan.objective,
+        model,
+        random.normal(random.fold_in(key, "sample"), shape, ids_B),
+        solver=plans.solver_of(sampling, plan.objective),
+        steps=sampling.steps,
+        noise_at=lambda i: random.normal(random.fold_in(key, "sample-step", i), shape, ids_B),
+        progress=progress,
+        clip=sampling.clip,
+    )
+
+
+def spread_labels(num: int, num_classes: int) -> Tensor:
+    """Labels 0, 1, ..., V-1, 0, 1, ... (num,): every class about equally often; all 0 where there are no classes."""
+    return torch.arange(num) % max(1, num_classes)

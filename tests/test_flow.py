@@ -1,0 +1,58 @@
+"""The straight path against its formula, one number at a time."""
+
+import pytest
+import torch
+
+from odit.diffusion import Config, build
+
+
+def draws(*shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=generator, dtype=dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 2, 3, 3), (4, 2, 2, 3, 3)])
+def test_loss_is_the_formula(shape):
+    x, noise, out = draws(*shape)
+    flow, t_B = build(Config("flow", time_scale=1000.0)), torch.tensor([0.0, 0.25, 0.7, 1.0])
+    seen = []
+    loss_B = flow.loss(lambda x_t, t: seen.append((x_t, t)) or out, x, t_B, noise)
+    assert loss_B.dtype == torch.float64 and loss_B.shape == (4,)
+    assert torch.equal(seen[0][1], t_B * 1000) and seen[0][1].dtype == torch.float32
+    for b, t in enumerate(t_B.tolist()):
+        rows = [v[b].flatten().tolist() for v in (x, noise, out, seen[0][0])]
+        path = [t * a + (1 - t) * n for a, n in zip(*rows[:2], strict=True)]
+        errors = [(o - (a - n)) ** 2 for a, n, o in zip(*rows[:3], strict=True)]
+        assert rows[3] == pytest.approx(path, abs=1e-14)
+        assert loss_B[b].item() == pytest.approx(sum(errors) / len(errors), rel=1e-13)
+
+
+def test_velocity_is_the_paths_derivative():
+    x, noise, _ = draws(1, 3, 4)
+    flow, h = build(Config("flow")), 2.0**-10
+    at = lambda t: flow.corrupt(x, torch.tensor([t]), noise)
+    slope = (at(0.5 + h) - at(0.5 - h)) / (2 * h)
+    assert flow.loss(lambda x_t, t: slope, x, torch.tensor([0.5]), noise).item() < 1e-24
+    assert torch.equal(at(0.0), noise) and torch.equal(at(1.0), x)  # t = 0 is noise, t = 1 is data
+
+
+def test_narrow_types_are_computed_in_fp32():
+    x, noise, out = draws(4, 2, 3, dtype=torch.bfloat16)
+    flow, t_B = build(Config("flow")), torch.tensor([0.1, 0.4, 0.6, 0.9])
+    narrow = flow.loss(lambda x_t, t: out, x, t_B, noise)
+    assert narrow.dtype == torch.float32
+    assert torch.equal(narrow, flow.loss(lambda x_t, t: out.float(), x.float(), t_B, noise.float()))
+
+
+def test_times():
+    uniform, normal = torch.rand(1000, generator=torch.Generator().manual_seed(1)), draws(1000, dtype=torch.float32)[0]
+    assert torch.equal(build(Config("flow")).draw_times(uniform, normal), uniform)
+    t_B = build(Config("flow", times="logit-normal")).draw_times(uniform, normal)
+    assert t_B.dtype == torch.float32 and torch.allclose(torch.logit(t_B.double()).float(), normal, atol=1e-5)
+    pieces = [build(Config("flow", times="logit-normal")).draw_times(uniform[i:], normal[i:])[:1] for i in range(50)]
+    assert torch.equal(torch.cat(pieces), t_B[:50])
+
+
+def test_bins():
+    bins = build(Config("flow")).bins(torch.tensor([0.0, 0.0999, 0.1, 0.55, 1 - 2.0**-24, 1.0]), 10)
+    assert bins.dtype == torch.int64 and bins.tolist() == [0, 0, 1, 5, 9, 9]
