@@ -67,7 +67,7 @@ class Judge(NamedTuple):
 
 
 FEATURES = 32  # few enough for a well conditioned covariance of some hundred samples
-WIDTHS = (32, 64, 64)
+WIDTHS = (32, 48, 64)
 GRID = 4  # pictures are pooled to this side before the features, so any size of at least this will do
 
 
@@ -92,7 +92,7 @@ def train_judge(
     num_classes: int,
     key: random.Key,
     *,
-    epochs: int = 30,
+    epochs: int = 20,
     batch: int = 64,
     lr: float = 3e-3,
     shift: int = 1,
@@ -106,7 +106,6 @@ def train_judge(
     params = _init(x_NCHW.shape[1], num_classes, random.fold_in(key, "init"))
     optimizer = optim.adamw(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.05)
     state = optimizer.init(params)
-    average = tree.map(torch.clone, params)
     num = len(y_N)
     steps_an_epoch = max(1, num // batch)
     steps = epochs * steps_an_epoch
@@ -120,8 +119,7 @@ def train_judge(
         grads = tree.unflatten(params, list(torch.autograd.grad(loss, leaves)))
         rate = lr * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
         state = optimizer.update_(params, grads, state, rate)
-        optim.ema_(average, params, min(0.99, (1 + step) / (10 + step)))
-    judge = Judge(average, 0.0)
+    judge = Judge(tree.map(torch.detach, params), 0.0)
     return judge._replace(accuracy=accuracy(judge, x_held, y_held))
 
 
@@ -146,9 +144,11 @@ def _forward(params: tree.Tree, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         h = F.gelu(F.conv2d(h, p["w"], p["b"], padding=1))
         if min(h.shape[-2:]) >= 2 * GRID:
             h = F.max_pool2d(h, 2)
-    h = F.adaptive_avg_pool2d(h, GRID).flatten(1)
-    features = F.gelu(F.linear(h, params["features"]["w"], params["features"]["b"]))
-    return F.linear(features, params["classes"]["w"], params["classes"]["b"]), features
+    if h.shape[-2:] != (GRID, GRID):
+        h = F.adaptive_avg_pool2d(h, GRID)
+    h = h.flatten(1)
+    features = F.linear(F.layer_norm(h, h.shape[-1:]), params["features"]["w"], params["features"]["b"])
+    return F.linear(F.gelu(features), params["classes"]["w"], params["classes"]["b"]), features
 
 
 def _augment(x_NCHW: Tensor, y_N: Tensor, key: random.Key, shift: int, noise: float) -> tuple[Tensor, Tensor]:

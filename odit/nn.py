@@ -56,7 +56,7 @@ def timestep_features(t_B: Tensor, dim: int, freqs: Literal["dit", "diffusers"] 
     """cos and sin of t * 10000^(-i / n), i < dim/2, as (B, dim) in at least fp32; n is dim/2 in DiT, dim/2 - 1 in
     diffusers' port."""
     half = dim // 2
-    t = at_least_fp32(t_B)
+    t = at_least_fp32(t_B) if t_B.is_floating_point() else t_B.float()
     exponent = torch.arange(half, dtype=torch.float64) / (half if freqs == "dit" else half - 1)
     frequency = torch.exp(-math.log(10000.0) * exponent).to(t)
     angle = t[:, None] * frequency

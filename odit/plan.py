@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,6 +126,8 @@ def check_sampling(sampling: Sampling, model: dit.Config, objective: Any) -> Non
         raise ValueError(f"sampling.guidance.interval is {g.interval}: use two rising numbers in [0, 1]")
     if g.channels is not None and g.channels < 1:
         raise ValueError(f"sampling.guidance.channels is {g.channels}: use 1 or more, or leave it out for all")
+    if sampling.clip is not None and isinstance(objective, Flow):
+        raise ValueError(f"sampling.clip is {sampling.clip}, which a flow's solvers do not have: leave it out")
     if sampling.clip is not None and not sampling.clip > 0:
         raise ValueError(f"sampling.clip is {sampling.clip}: use a positive number, or leave it out")
 
@@ -135,21 +138,26 @@ def solver_of(sampling: Sampling, objective: Any) -> str:
 
 
 def make(run: Run, dataset: data.Dataset) -> Plan:
-    """Composes a plan; checks first."""
-    shape = _shape(run, dataset)
+    """Composes the plan of a run on this data; checks first."""
+    plan = compose(run, _shape(run, dataset))
+    if run.global_batch <= len(dataset.train_ids):
+        return plan
+    note = (
+        f"global batch {run.global_batch} is more than the {len(dataset.train_ids)} training samples: "
+        "a batch holds some of them twice, with other noise"
+    )
+    return dataclasses.replace(plan, notes=(*plan.notes, note))
+
+
+def compose(run: Run, shape: dit.Shape) -> Plan:
+    """Composes the plan of a run for data of a known shape; checks first."""
     check(run, shape)
-    device = pick_device(run.device)
     notes = []
     if run.kernels == "auto":
         notes.append("kernels: reference (this version has no fused kernels yet)")
-    if run.global_batch > len(dataset.train_ids):
-        notes.append(
-            f"global batch {run.global_batch} is more than the {len(dataset.train_ids)} training samples: "
-            "a batch holds some of them twice, with other noise"
-        )
     return Plan(
         run=run,
-        device=device,
+        device=pick_device(run.device),
         shape=shape,
         declared=dit.declare(run.model, shape),
         objective=diffusion.build(run.diffusion),

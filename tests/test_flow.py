@@ -30,7 +30,10 @@ def test_loss_is_the_formula(shape):
 def test_velocity_is_the_paths_derivative():
     x, noise, _ = draws(1, 3, 4)
     flow, h = build(Config("flow")), 2.0**-10
-    at = lambda t: flow.corrupt(x, torch.tensor([t]), noise)
+
+    def at(t):
+        return flow.corrupt(x, torch.tensor([t]), noise)
+
     slope = (at(0.5 + h) - at(0.5 - h)) / (2 * h)
     assert flow.loss(lambda x_t, t: slope, x, torch.tensor([0.5]), noise).item() < 1e-24
     assert torch.equal(at(0.0), noise) and torch.equal(at(1.0), x)  # t = 0 is noise, t = 1 is data
@@ -49,8 +52,10 @@ def test_times():
     assert torch.equal(build(Config("flow")).draw_times(uniform, normal), uniform)
     t_B = build(Config("flow", times="logit-normal")).draw_times(uniform, normal)
     assert t_B.dtype == torch.float32 and torch.allclose(torch.logit(t_B.double()).float(), normal, atol=1e-5)
-    pieces = [build(Config("flow", times="logit-normal")).draw_times(uniform[i:], normal[i:])[:1] for i in range(50)]
-    assert torch.equal(torch.cat(pieces), t_B[:50])
+    # A draw's bits do not depend on its neighbours (torch.sigmoid alters about one in 25 of these when taken alone).
+    flow = build(Config("flow", times="logit-normal"))
+    alone = [flow.draw_times(uniform[i : i + 1], normal[i : i + 1]) for i in range(1000)]
+    assert torch.equal(torch.cat(alone), t_B)
 
 
 def test_bins():

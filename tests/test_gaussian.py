@@ -116,7 +116,10 @@ def test_bound_teaches_the_variance_alone(predicts):
 def test_any_trailing_dims_and_samples_are_independent(shape):
     x, noise, out, fraction = draws(*shape, dtype=torch.float32)
     process, t_B = build(Config("eps", train_steps=STEPS)), torch.tensor([0, 3, 20, 49, 11])
-    model = lambda rows: lambda x_t, t: torch.cat([out, fraction], 1)[rows]
+
+    def model(rows):
+        return lambda x_t, t: torch.cat([out, fraction], 1)[rows]
+
     loss_B = process.loss(model(slice(None)), x, t_B, noise)
     assert loss_B.shape == (5,) and loss_B.dtype == torch.float32
     for b in range(5):
@@ -194,6 +197,16 @@ def test_times_are_even_and_bins_are_equal():
         assert build(Config("eps", train_steps=steps)).draw_times(largest, largest).item() == steps - 1
     bins = process.bins(torch.arange(64), 4)
     assert bins.dtype == torch.int64 and bins.tolist() == [t // 16 for t in range(64)]
+
+
+@pytest.mark.parametrize("cfg", [Config("flow"), Config("eps"), Config("v", "cosine", "fixed-large")], ids=str)
+def test_training_reads_nothing_from_the_device(cfg):
+    """A tensor on the meta device has no values, so that reading one raises."""
+    process, x, draw_B = build(cfg), torch.empty(4, 2, 3, 3, device="meta"), torch.empty(4, device="meta")
+    process = process.to("meta") if cfg.objective != "flow" else process
+    t_B = process.draw_times(draw_B, draw_B)
+    loss_B = process.loss(lambda x_t, t: torch.cat([x_t] * (1 + cfg.learned_variance), 1), x, t_B, torch.empty_like(x))
+    assert loss_B.shape == process.bins(t_B, 10).shape == (4,) and loss_B.device.type == "meta"
 
 
 REFUSED = [

@@ -57,8 +57,13 @@ def test_scale_zero_is_unconditional():
 
 def test_conditions_may_be_trees():
     model, x, t, cond, null, _ = setup()
-    of_tree = lambda x, t, c: model(x, t, c["text"][0] * c["mask"])
-    tree = lambda c: {"text": [c], "mask": torch.ones(B)}
+
+    def of_tree(x, t, c):
+        return model(x, t, c["text"][0] * c["mask"])
+
+    def tree(c):
+        return {"text": [c], "mask": torch.ones(B)}
+
     plain = guided(model, cond, null, scale=3.0)(x, t, 0.5)
     assert torch.equal(guided(of_tree, tree(cond), tree(null), scale=3.0)(x, t, 0.5), plain)
 

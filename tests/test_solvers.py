@@ -9,6 +9,7 @@ from diffusers.schedulers import scheduling_ddpm
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from odit.diffusion import Config, build
 from odit.diffusion.flow import Flow
@@ -67,13 +68,16 @@ def walk(scheduler, model, x, monkeypatch=None):
 @pytest.mark.parametrize("variance", ["fixed-small", "fixed-large", "learned"])
 def test_ddpm_is_diffusers(betas, predicts, variance, monkeypatch):
     process, steps = build(Config(predicts, betas, variance)), 40
-    make = lambda: DDPMScheduler(
-        T,
-        beta_schedule=BETAS[betas],
-        variance_type=VARIANCE[variance],
-        prediction_type=PREDICTION[predicts],
-        clip_sample=False,
-    )
+
+    def make():
+        return DDPMScheduler(
+            T,
+            beta_schedule=BETAS[betas],
+            variance_type=VARIANCE[variance],
+            prediction_type=PREDICTION[predicts],
+            clip_sample=False,
+        )
+
     model, settings = denoiser(process), {"solver": "ddpm", "steps": steps, "noise_at": noise_at}
     for scheduler, dtype, tolerance in ((make(), torch.float32, 1e-4), (double(make(), process), torch.float64, 1e-10)):
         scheduler.set_timesteps(timesteps=spaced_times(T, steps)[::-1])
@@ -87,14 +91,17 @@ def test_ddpm_is_diffusers(betas, predicts, variance, monkeypatch):
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_ddim_is_diffusers(betas, predicts, clip):
     process, steps = build(Config(predicts, betas, "fixed-small")), 40
-    make = lambda: DDIMScheduler(
-        T,
-        beta_schedule=BETAS[betas],
-        prediction_type=PREDICTION[predicts],
-        clip_sample=clip is not None,
-        clip_sample_range=clip or 1.0,
-        timestep_spacing="leading",
-    )
+
+    def make():
+        return DDIMScheduler(
+            T,
+            beta_schedule=BETAS[betas],
+            prediction_type=PREDICTION[predicts],
+            clip_sample=clip is not None,
+            clip_sample_range=clip or 1.0,
+            timestep_spacing="leading",
+        )
+
     model = denoiser(process)
     for scheduler, dtype, tolerance in ((make(), torch.float32, 1e-4), (double(make(), process), torch.float64, 1e-10)):
         scheduler.set_timesteps(steps)
@@ -206,7 +213,7 @@ def test_flow_solvers_converge_with_their_order(solver, order):
 def sde_moments(steps: int, mean: float, spread: float) -> tuple[float, float]:
     """Mean and standard deviation of what the sde solver gives, without sampling.
 
-    Model and solver are linear, so the result is a constant plus a sum of weights times the normals that went in; sample
+    Model and solver are linear, so the result is a constant plus a sum of weights times the normals put in; sample
     j of this batch has a 1 in the place of draw j alone, and the last one has none.
     """
     unit = torch.eye(steps + 1, steps, dtype=torch.float64)[:, :, None]
@@ -264,6 +271,36 @@ def test_progress_noise_and_calls(solver):
     assert x.dtype == torch.float32 and x.shape == X_T.shape and seen == [0, 1, 2, 3, 4]
     assert len(calls) == (10 if solver == "heun" else 5)
     assert drawn == ([0, 1, 2, 3] if solver in ("ddpm", "sde") else [])  # the last step adds none
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies between devices and dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_loop_neither_reads_from_nor_copies_to_the_device(solver):
+    """A tensor on the meta device has no values, so that reading one raises; copies do not grow with the steps."""
+    process = build(Config("flow") if SOLVERS[solver][0] == "flow" else Config("v", variance="learned"))
+    x = X_T.float().to("meta")
+
+    def model(x, t_B, level):
+        return torch.cat([x, x], 1) if SOLVERS[solver][0] == "gaussian" else x
+
+    copies = []
+    for steps in (3, 6):
+        with Copies() as mode:
+            out = sample(process, model, x, solver=solver, steps=steps, noise_at=lambda i: torch.empty_like(x))
+        copies.append(mode.num)
+        assert out.device.type == "meta" and out.shape == x.shape
+    assert copies[0] == copies[1]
 
 
 GAUSSIAN, FLOW = build(Config("eps", train_steps=100)), build(Config("flow"))

@@ -31,11 +31,11 @@ class Config:
     """What is learned and on which path; None stands for the default of the objective's family."""
 
     objective: Literal["flow", "eps", "x0", "v"] = "flow"
-    """What the network predicts: the velocity of a straight path (SiT), or eps, x0 or v of a Gaussian process (DDPM)."""
+    """What the network predicts: the velocity of a straight path (SiT), or eps, x0 or v of a Gaussian process."""
     betas: Literal["linear", "cosine"] | None = None
     """Noise schedule of a Gaussian process (eps, x0, v): linear unless told."""
     variance: Literal["fixed-small", "fixed-large", "learned"] | None = None
-    """Reverse variance of a Gaussian process: learned unless told (as DiT), and then the network puts out 2C channels."""
+    """Reverse variance of a Gaussian process: learned unless told (as DiT): the network then puts out 2C channels."""
     train_steps: int | None = None
     """Number of steps T of a Gaussian process: 1000 unless told."""
     times: Literal["uniform", "logit-normal"] | None = None

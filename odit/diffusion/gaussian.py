@@ -1,6 +1,6 @@
 """Gaussian diffusion in T discrete steps: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (IDDPM), as DiT trains it.
 
-x_t = signal x_0 + sigma eps, with signal^2 = alpha, the cumulative product of 1 - beta up to t, and sigma^2 = 1 - alpha.
+x_t = signal x_0 + sigma eps, with signal^2 = alpha, the cumulative product of 1 - beta up to t, sigma^2 = 1 - alpha.
 Everything is derived from that one table; per-sample coefficients are computed in fp64 and then cast to x's dtype.
 """
 
@@ -73,7 +73,7 @@ class Gaussian:
     def bound(self, x: Tensor, x_t: Tensor, t_B: Tensor, out: Tensor, fraction: Tensor) -> Tensor:
         """Computes L_t of the variational bound, (B,) in bits a dimension: DDPM eq. 5.
 
-        That is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and at t = 0 -log p(x_0 | x_1) of values in steps of 2/255.
+        That is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), or at t = 0 -log p(x_0 | x_1) of values 2/255 apart.
         """
         x0 = x0_from(self.predicts, out, x_t, *self._amplitudes(x, t_B))
         # Both means are weight x_0 + (the same part of x_t), DDPM eq. 7; at t = 0 the weight is 1 and x_t has no part.
@@ -123,7 +123,7 @@ def from_betas(betas: Tensor, predicts: str = "eps", variance: str = "learned") 
 
 
 def linear_betas(num_steps: int) -> Tensor:
-    """Betas from 1e-4 to 0.02 at 1000 steps (DDPM), scaled so that other numbers of steps reach the same noise (IDDPM)."""
+    """Betas from 1e-4 to 0.02 at 1000 steps (DDPM); other numbers of steps reach about the same noise (IDDPM)."""
     scale = 1000 / num_steps
     return torch.linspace(1e-4 * scale, 0.02 * scale, num_steps, dtype=torch.float64)
 
@@ -149,7 +149,7 @@ def spaced_times(num_steps: int, steps: int) -> list[int]:
 
 
 def respace(gaussian: Gaussian, times: list[int]) -> Gaussian:
-    """Keeps only the steps in ``times`` (ascending): alphas and network times there are the original's (IDDPM sec. 4)."""
+    """Keeps only the steps in ``times`` (ascending), with the alphas and network times they have (IDDPM sec. 4)."""
     assert all(a < b for a, b in itertools.pairwise(times)), f"times ascend: {times}"
     assert times and 0 <= times[0] and times[-1] < gaussian.num_steps, f"times lie in [0, {gaussian.num_steps})"
     index = torch.tensor(times, device=gaussian.alphas_cumprod.device)

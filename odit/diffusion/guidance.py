@@ -12,9 +12,9 @@ from odit.diffusion.gaussian import Gaussian
 
 
 def level(objective: Gaussian | Flow, t):
-    """Gives the noise's share of the path, 0 at clean data and 1 at pure noise: t / T (T as trained), or 1 - t of a flow.
+    """Gives the noise's share of the path, 0 at clean data and 1 at pure noise: t / T, or 1 - t of a flow.
 
-    t is a Python number or a tensor, and for a Gaussian process counts in the steps that were trained on.
+    t is a Python number or a tensor; for a Gaussian process both t and T are of the process that was trained on.
     """
     return 1 - t if isinstance(objective, Flow) else t / objective.train_steps
 

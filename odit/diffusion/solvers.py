@@ -80,7 +80,7 @@ def check_solver(objective: Gaussian | Flow, solver: str, steps: int) -> None:
 
 
 def ddpm_step(x: Tensor, x0: Tensor, alpha_from: float, alpha_to: float, noise: Tensor | None, log_variance) -> Tensor:
-    """Steps to the posterior mean of x_0 and x (DDPM eq. 7), plus noise of the given log-variance unless noise is None."""
+    """Steps to the posterior mean of x_0 and x (DDPM eq. 7), plus noise of this log-variance unless noise is None."""
     ratio = alpha_from / alpha_to
     mean = (1 - ratio) * alpha_to**0.5 / (1 - alpha_from) * x0 + (1 - alpha_to) * ratio**0.5 / (1 - alpha_from) * x
     if noise is None:
@@ -90,7 +90,7 @@ def ddpm_step(x: Tensor, x0: Tensor, alpha_from: float, alpha_to: float, noise: 
 
 
 def ddim_step(x: Tensor, x0: Tensor, eps: Tensor, alpha_from: float, alpha_to: float) -> Tensor:
-    """Steps along the deterministic path, eta = 0: Song et al. 2021 (DDIM), eq. 12. x and alpha_from have no part in it."""
+    """Steps along the deterministic path, eta = 0: Song et al. 2021 (DDIM), eq. 12; x and alpha_from are not used."""
     return alpha_to**0.5 * x0 + (1 - alpha_to) ** 0.5 * eps
 
 
@@ -198,7 +198,7 @@ def _heun(flow, model, x, steps, loop, noise_at):
 
 
 def _sde(flow, model, x, steps, loop, noise_at):
-    """Euler-Maruyama on dx = (v + w/2 score) dt + sqrt(w) dW with w(t) = 2 (1 - t): SiT's reverse SDE, its ``sigma`` form.
+    """Euler-Maruyama on dx = (v + w/2 score) dt + sqrt(w) dW with w(t) = 2 (1 - t): SiT's SDE, its ``sigma`` form.
 
     The noise in x is x - t v, and the score is minus that over 1 - t; with this w the quotient cancels and the drift is
     v - (x - t v), finite from t = 0 to 1. The last step adds its drift and no noise (SiT's "Mean"), for the same reason

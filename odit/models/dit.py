@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -167,7 +168,8 @@ def forward(params: dict, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None, cfg: 
     height, width = x_BCHW.shape[-2:]
     dtype = params["patch"]["w"].dtype
     x = linear(nn.patchify(x_BCHW.to(dtype), cfg.patch), params["patch"])
-    table, rotary = _positions(cfg, height // cfg.patch, width // cfg.patch, x.device, dtype)
+    positions = _tables if torch.compiler.is_compiling() else _positions
+    table, rotary = positions(cfg, height // cfg.patch, width // cfg.patch, x.device, dtype)
     if table is not None:
         x = x + table
 
@@ -198,6 +200,13 @@ def make_block(cfg: Config, ops: Ops) -> Callable:
 
 @functools.lru_cache(maxsize=64)
 def _positions(cfg: Config, rows: int, columns: int, device, dtype) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """``_tables``, made once. Inference mode, fake tensors and torch.func's levels mark every tensor made under them,
+    and such a tensor may not outlive them in a cache; a new thread has none of them."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_tables, cfg, rows, columns, device, dtype).result()
+
+
+def _tables(cfg: Config, rows: int, columns: int, device, dtype) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     """The additive table (L, D) or None, and the rotary tables () or (cos, sin) of (L, K/2) in at least fp32."""
     if cfg.positions == "sincos":
         return nn.sincos_2d(rows, columns, cfg.width).to(device=device, dtype=dtype), ()

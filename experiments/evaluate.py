@@ -1,0 +1,76 @@
+"""Judges a digits model: ``python experiments/evaluate.py --checkpoint runs/digits/ema.safetensors``."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+from odit import checkpoint, config, data, evaluate, health, plan, record
+from odit.health import CheckpointError
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What to judge, and with how many samples."""
+
+    checkpoint: Path
+    """Checkpoint folder, or weights file, of a digits run."""
+    num: int = 1000
+    """Samples."""
+    seed: int = 0
+    """Seed of the samples."""
+    solver: Literal["ddpm", "ddim", "dpm++", "euler", "heun", "sde"] | None = None
+    """The run's own unless given."""
+    steps: int | None = None
+    """Solver steps; the run's own unless given."""
+    guidance: float | None = None
+    """Guidance scale; the run's own unless given, 1 for none."""
+    weights: Literal["ema", "param"] = "ema"
+    """Averaged or live weights, where the checkpoint has both."""
+    out: Path | None = None
+    """Writes the figures to this JSON file too."""
+    device: str = "auto"
+    """'auto' takes a GPU where there is one."""
+
+
+def main(args: Evaluate) -> None:
+    """Loads, draws, judges; the last line is the class accuracy."""
+    if args.num < 20:
+        raise ValueError(f"num is {args.num}: a Frechet distance needs more samples, use 20 or more (1000 is usual)")
+    if not args.checkpoint.exists():
+        raise CheckpointError(f"checkpoint {args.checkpoint} does not exist")
+    run = config.from_json(config.Run, checkpoint.read_about(args.checkpoint)["config"])
+    if run.data.source != "digits":
+        raise ValueError(f"checkpoint {args.checkpoint} was trained on data.source {run.data.source}: only digits have a judge")
+    dataset = data.open_dataset(run.data)
+    composed = plan.make(dataclasses.replace(run, device=args.device), dataset)
+    scale = run.sampling.guidance.scale if args.guidance is None else args.guidance
+    sampling = dataclasses.replace(
+        run.sampling,
+        solver=args.solver or run.sampling.solver,
+        steps=args.steps or run.sampling.steps,
+        guidance=dataclasses.replace(run.sampling.guidance, scale=scale),
+    )
+    plan.check_sampling(sampling, run.model, composed.objective)
+    params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
+    found = evaluate.evaluate(
+        composed, params, dataset, num=args.num, seed=args.seed, sampling=sampling,
+        progress=lambda steps: tqdm(steps, unit="step", leave=False),
+    )  # fmt: skip
+    if args.out:
+        record.write_json(args.out, {**found, "sampling": config.to_json(sampling), "seed": args.seed})
+    print(evaluate.report(found))
+
+
+def cli() -> None:
+    """Reads the command line."""
+    main(tyro.cli(Evaluate, description=__doc__))
+
+
+if __name__ == "__main__":
+    health.run(cli)

@@ -1,0 +1,132 @@
+"""Draws pictures: ``python experiments/sample.py --checkpoint runs/digits/ema.safetensors --out x.png --num 16``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from odit import checkpoint, config, health, plan, random, record, sample
+from odit.health import CheckpointError
+from odit.models import dit
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What to draw, from which weights."""
+
+    checkpoint: Path
+    """Checkpoint folder, or weights file."""
+    out: Path = Path("samples.png")
+    """The picture to write: a grid of all samples; its text fields hold the recipe."""
+    num: int = 16
+    """Pictures."""
+    label: tuple[int, ...] = ()
+    """Classes to draw, repeated in turn; all of them unless given."""
+    seed: int = 0
+    """Picture i is a function of (weights, seed, i, label), whatever the batch."""
+    solver: Literal["ddpm", "ddim", "dpm++", "euler", "heun", "sde"] | None = None
+    """The run's own unless given."""
+    steps: int | None = None
+    """Solver steps; the run's own unless given."""
+    guidance: float | None = None
+    """Guidance scale; the run's own unless given, 1 for none."""
+    interval: tuple[float, float] | None = None
+    """Noise levels between which guidance acts; 0 is data, 1 noise."""
+    channels: int | None = None
+    """Leading channels that are guided."""
+    weights: Literal["ema", "param"] = "ema"
+    """Averaged or live weights, where the checkpoint has both."""
+    batch: int = 64
+    """Pictures at once."""
+    columns: int | None = None
+    """Columns of the grid; about square unless given."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Dtype of matrix products; the run's own unless given."""
+    device: str = "auto"
+    """'auto' takes a GPU where there is one."""
+    tensors: Path | None = None
+    """Also writes the raw samples (N, C, H, W) fp32 to this safetensors file."""
+
+
+def main(args: Sample) -> None:
+    """Loads, draws, writes."""
+    for name in ("num", "batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}: use 1 or more")
+    composed = open_plan(args)
+    sampling = override(args, composed.run.sampling)
+    plan.check_sampling(sampling, composed.run.model, composed.objective)
+    labels = choose_labels(args, composed)
+    params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
+    pictures = sample.sample(
+        composed,
+        params,
+        labels,
+        random.key(args.seed),
+        sampling=sampling,
+        batch=args.batch,
+        progress=lambda steps: tqdm(steps, unit="step", leave=False),
+    )
+    write(args, composed, sampling, labels, pictures)
+    print(f"{args.num} samples: {args.out}")
+
+
+def open_plan(args: Sample) -> plan.Plan:
+    """The plan of the run that wrote the weights, on this machine's device."""
+    if not args.checkpoint.exists():
+        raise CheckpointError(f"checkpoint {args.checkpoint} does not exist")
+    about = checkpoint.read_about(args.checkpoint)
+    run = config.from_json(config.Run, about["config"])
+    run = dataclasses.replace(run, precision=args.precision or run.precision, device=args.device)
+    return plan.compose(run, dit.Shape(**about["shape"]))
+
+
+def override(args: Sample, told: config.Sampling) -> config.Sampling:
+    """The run's own sampling settings with those of the command line."""
+    given = {"scale": args.guidance, "interval": args.interval, "channels": args.channels}
+    guidance = dataclasses.replace(told.guidance, **{k: v for k, v in given.items() if v is not None})
+    given = {"solver": args.solver, "steps": args.steps}
+    return dataclasses.replace(told, guidance=guidance, **{k: v for k, v in given.items() if v is not None})
+
+
+def choose_labels(args: Sample, composed: plan.Plan) -> torch.Tensor:
+    """One label a picture."""
+    num_classes = composed.shape.num_classes
+    if not args.label:
+        return sample.spread_labels(args.num, num_classes)
+    if bad := [y for y in args.label if not 0 <= y < num_classes]:
+        raise ValueError(f"label {bad[0]} is no class of this model: it knows {num_classes}, 0 to {num_classes - 1}")
+    return torch.tensor(args.label).repeat(-(-args.num // len(args.label)))[: args.num]
+
+
+def write(args: Sample, composed: plan.Plan, sampling: config.Sampling, labels: torch.Tensor, pictures) -> None:
+    """Writes the grid with its recipe, and the tensors where asked."""
+    recipe = {
+        **config.to_json(args),
+        "sampling": config.to_json(sampling),
+        "labels": labels.tolist(),
+        "versions": record.about(),
+    }
+    columns = args.columns or (10 if composed.shape.num_classes == 10 and not args.label else round(args.num**0.5)) or 1
+    grid = record.picture_grid(pictures, min(columns, args.num))
+    record.save_png(args.out, grid, {"odit": json.dumps(recipe)})
+    if args.tensors:
+        from safetensors.torch import save_file
+
+        save_file({"samples": pictures, "labels": labels}, args.tensors)
+
+
+def cli() -> None:
+    """Reads the command line."""
+    main(tyro.cli(Sample, description=__doc__))
+
+
+if __name__ == "__main__":
+    health.run(cli)

@@ -1,0 +1,76 @@
+"""Who may import whom (README, map of files): read from the source with ast."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PURE = {"tree", "random", "param", "ops", "nn", "models", "diffusion", "optim", "data", "metrics", "convert", "config"}
+BOTH_SIDES = {"plan", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate"}
+ALLOWED = {
+    "kernels": {"ops", "tree", "kernels"},
+    "parallel": {"ops", "tree", "param", "random", "optim", "parallel"},
+}
+RAW_DISTRIBUTED = {"odit/parallel/mesh.py", "odit/parallel/collectives.py"}
+FILES = sorted((ROOT / "odit").rglob("*.py"))
+
+
+def imports(file: Path) -> set[str]:
+    """Absolute dotted names a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: write absolute imports"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+def subject(file: Path) -> str:
+    """The file's first name below odit: tree, models, parallel, ..."""
+    return file.relative_to(ROOT / "odit").parts[0].removesuffix(".py")
+
+
+def subjects_imported(file: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(file) if name.startswith("odit.")}
+
+
+def violations(file: Path) -> list[str]:
+    """What this file may not import."""
+    of, names, raw = subject(file), imports(file), str(file.relative_to(ROOT))
+    bad = []
+    if raw not in RAW_DISTRIBUTED:
+        bad += [n for n in names if n.startswith("torch.distributed")]
+    bad += [n for n in names if n.split(".")[0] == "experiments"]
+    used = subjects_imported(file) - {"__version__"}
+    if of in PURE:
+        bad += sorted(used - PURE - {of})
+    elif of in ALLOWED:
+        bad += sorted(used - ALLOWED[of])
+    elif of != "__init__":
+        assert of in BOTH_SIDES, f"{raw}: give {of} a layer in this test"
+    return bad
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_file_imports_only_its_layer(file):
+    assert violations(file) == []
+
+
+def test_models_do_not_know_about_ranks():
+    words = {"rank", "world", "group", "shard"}
+    for file in (ROOT / "odit" / "models").glob("*.py"):
+        found = words & {w for w in ast.unparse(ast.parse(file.read_text())).lower().replace("_", " ").split()}
+        assert not found, f"{file.name} speaks of {found}"
+
+
+def test_a_forbidden_import_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr("test_layering.ROOT", tmp_path)
+    cases = {"nn.py": "import torch.distributed as dist", "optim.py": "from odit import train", "kernels/a.py": "import odit.nn"}
+    for name, line in cases.items():
+        file = tmp_path / "odit" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(line)
+        assert violations(file), f"{name}: {line}"
