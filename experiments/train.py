@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import warnings
 
@@ -21,26 +22,22 @@ def main(run: config.Run) -> None:
     plan.check(run)
     if run.threads:
         torch.set_num_threads(run.threads)
-    lock = record.Lock(run.out)
-    dataset = data.open_dataset(run.data)
-    composed = plan.make(run, dataset)
-    print(plan.describe(composed), flush=True)
+    with record.Lock(run.out):
+        dataset = data.open_dataset(run.data)
+        composed = plan.make(run, dataset)
+        print(plan.describe(composed), flush=True)
 
-    key = random.key(run.seed)
-    state = restore(composed, dataset) or fresh(composed, key)
-    stop = run.stop_at or run.steps
-    if state.step >= stop:
-        print(f"already at step {state.step} of {stop}: nothing to do")
-        return
-    recorder = record.Recorder(lock, run, state.step)
-    state = loop(composed, dataset, state, key, recorder, stop)
-
-    if state.step == run.steps:
-        finish(composed, dataset, state, recorder)
-    print(f"{run.out}: step {state.step} of {run.steps} after {time.monotonic() - began:.0f} s", flush=True)
-    if state.step == run.steps and run.evaluate and run.data.source == "digits":
-        judge(composed, dataset, state, recorder)
-    recorder.close()
+        key = random.key(run.seed)
+        state = restore(composed, dataset) or fresh(composed, key)
+        stop = run.stop_at or run.steps
+        if state.step >= stop:
+            print(f"already at step {state.step} of {stop}: nothing to do")
+            return
+        with record.Recorder(run, state.step) as recorder:
+            state = loop(composed, dataset, state, key, recorder, stop)
+            print(f"{run.out}: step {state.step} of {run.steps} after {time.monotonic() - began:.0f} s", flush=True)
+            if state.step == run.steps:
+                finish(composed, dataset, state, recorder)
 
 
 def restore(composed: plan.Plan, dataset: data.Dataset) -> train.TrainState | None:
@@ -141,6 +138,7 @@ def about(composed, dataset, state) -> dict:
     """What checkpoints and weights files tell beside their tensors."""
     run = composed.run
     return {
+        "step": state.step,
         "seed": run.seed,
         "global_batch": run.global_batch,
         "samples": state.step * run.global_batch,
@@ -153,19 +151,16 @@ def about(composed, dataset, state) -> dict:
 
 
 def finish(composed, dataset, state, recorder) -> None:
-    """The weights to share, and where things lie."""
-    path = composed.run.out / "ema.safetensors"
-    checkpoint.save_weights(path, state.ema, {**about(composed, dataset, state), "step": state.step})
-    newest = max((composed.run.out / "samples").glob("*.png"))
-    print(f"weights: {path}\nsamples: {newest}", flush=True)
-
-
-def judge(composed, dataset, state, recorder) -> None:
-    """The closing report; its last line is the class accuracy."""
-    found = evaluate.evaluate(composed, state.ema, dataset)
-    record.write_json(composed.run.out / "evaluation.json", found)
-    recorder.log(state.step, found, prefix="evaluation_")
-    print(evaluate.report(found), flush=True)
+    """The weights to share, where things lie and, for digits, the judgement; its last line is the class accuracy."""
+    out = composed.run.out
+    checkpoint.save_weights(out / "ema.safetensors", state.ema, about(composed, dataset, state))
+    print(f"weights: {out / 'ema.safetensors'}\nsamples: {max((out / 'samples').glob('*.png'))}", flush=True)
+    if composed.run.evaluate and composed.run.data.source == "digits":
+        progress = functools.partial(tqdm, unit="step", leave=False, disable=not composed.run.progress)
+        found = evaluate.evaluate(composed, state.ema, dataset, progress=progress)
+        record.write_json(out / "evaluation.json", found)
+        recorder.log(state.step, found, prefix="evaluation_")
+        print(evaluate.report(found), flush=True)
 
 
 def cli() -> None:

@@ -175,7 +175,7 @@ def _read(path: Path, role: str, plan: Plan) -> tree.Tree:
                 f"{key} in {path} has shape {tuple(tensor.shape)}, this model wants {declared.shape}: "
                 "use the model settings of the run that wrote it"
             )
-        return tensor.to(plan.device)
+        return tensor.to(plan.device, copy=True)  # safe_open maps the file, which may change under us
 
     try:
         with safe_open(path, "pt") as file:

@@ -198,7 +198,7 @@ def from_diffusers(state: dict[str, Tensor], config: dict[str, Any]) -> tuple[di
 def to_diffusers(
     params: dict, cfg: Config, shape: Shape, allow_other_timesteps: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Makes a DiTTransformer2DModel's (state dict, config.json); the blocks' embedder copies are one tensor, many names.
+    """Makes a DiTTransformer2DModel's (state dict, config.json); all embedder copies are one tensor.
 
     The rate of label dropout is not kept (diffusers trains with 0.1).
 
@@ -275,7 +275,7 @@ def _export(params: dict, parts: list[Part]) -> dict[str, Tensor]:
 
 
 def _import(state: dict[str, Tensor], parts: list[Part], cfg: Config, shape: Shape, table: str) -> dict:
-    """The parameters that ``parts`` say; each tensor must be there with its shape, and none but the position table more."""
+    """The parameters that ``parts`` say; each tensor must be there with its shape; none but the position table more."""
     found: dict[str, list[tuple[Part, Tensor]]] = {}
     for part in parts:
         tensor = _rank(state, part.name, len(part.shape))
@@ -283,9 +283,7 @@ def _import(state: dict[str, Tensor], parts: list[Part], cfg: Config, shape: Sha
             raise ValueError(f"{part.name} has shape {tuple(tensor.shape)} and should have {part.shape}")
         found.setdefault(part.path, []).append((part, tensor))
     if unknown := sorted(state.keys() - {part.name for part in parts} - {table}):
-        raise ValueError(
-            f"{len(unknown)} tensors are not a DiT's, the first is {unknown[0]}: no such model can be read"
-        )
+        raise ValueError(f"{unknown[0]} (one of {len(unknown)} such) is no tensor of a DiT: no such model can be read")
     if table in state:
         _check_table(state[table], cfg, shape, table)
 
@@ -404,8 +402,8 @@ def read_pt(path: str | Path, which: Literal["ema", "model"] = "ema") -> dict[st
         with torch.serialization.safe_globals([argparse.Namespace]):  # the "args" of DiT's checkpoints: a bare record
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken or hostile file may raise nearly anything
-        reason = re.search(r"Unsupported \w+: \w+ [\w.]+", str(error))
-        reason = reason[0] if reason else (str(error) or type(error).__name__).splitlines()[0]
+        asked = re.search(r"[Uu]nsupported \w+:? (?:GLOBAL )?([\w.]*\w)", str(error))
+        reason = f"it asks for {asked[1]}" if asked else (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} holds more than tensors, or is broken ({reason}): nothing of it was run") from None
     if isinstance(loaded, dict) and isinstance(loaded.get("model", loaded.get("ema")), dict):
         if which not in loaded:

@@ -1,4 +1,4 @@
-"""Measures of generated pictures: a classifier trained on the real ones (the judge), Frechet distance, nearest neighbours."""
+"""Measures of generated pictures: a classifier of the real ones (the judge), Frechet distance, nearest neighbours."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def halves_distance(features_ND: Tensor, key: random.Key = HALVES_KEY) -> float:
 
 
 def nearest(x_ND: Tensor, train_MD: Tensor, chunk: int = 256) -> Tensor:
-    """Euclidean distance (N,) fp64 from each sample to the closest of ``train_MD``; dims after the first are flattened."""
+    """Euclidean distance (N,) fp64 from each sample to the closest of ``train_MD``; further dims are flattened."""
     x, train = x_ND.flatten(1).double(), train_MD.flatten(1).double()
     # Differences, not |a|^2 - 2ab + |b|^2, which rounds the distance of a copy to something above zero.
     exact = "donot_use_mm_for_euclid_dist"
@@ -100,8 +100,8 @@ def train_judge(
 ) -> Judge:
     """Trains a small convolutional classifier on ``x_NCHW`` and measures it on held-out pictures.
 
-    Every epoch moves each picture by up to ``shift`` pixels and adds Gaussian noise of up to ``noise``, so that the judge looks at
-    shapes; all of it is drawn from ``key``. One device and thread count gives one judge.
+    Every epoch moves each picture by up to ``shift`` pixels and adds Gaussian noise of up to ``noise``, so that the
+    judge looks at shapes; all of it is drawn from ``key``. One device and thread count gives one judge.
     """
     params = _init(x_NCHW.shape[1], num_classes, random.fold_in(key, "init"))
     optimizer = optim.adamw(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.05)

@@ -152,15 +152,16 @@ def make(run: Run, dataset: data.Dataset) -> Plan:
 def compose(run: Run, shape: dit.Shape) -> Plan:
     """Composes the plan of a run for data of a known shape; checks first."""
     check(run, shape)
-    notes = []
+    device, notes = pick_device(run.device), []
+    objective = diffusion.build(run.diffusion)
     if run.kernels == "auto":
         notes.append("kernels: reference (this version has no fused kernels yet)")
     return Plan(
         run=run,
-        device=pick_device(run.device),
+        device=device,
         shape=shape,
         declared=dit.declare(run.model, shape),
-        objective=diffusion.build(run.diffusion),
+        objective=objective if isinstance(objective, Flow) else objective.to(device),
         ops=Ops(),
         dtype=DTYPES[run.precision],
         micro_batch=run.micro_batch or run.global_batch,

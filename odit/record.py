@@ -25,10 +25,10 @@ class Recorder:
     On resume ``metrics.jsonl`` is cut after ``step`` and a torn last line is dropped.
     """
 
-    def __init__(self, lock: Lock, run: Run, step: int = 0):
+    def __init__(self, run: Run, step: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.lock, self.out = lock, run.out
+        self.out = run.out
         write_json(run.out / "config.json", {**to_json(run), "_about": about()})
         cut_metrics(run.out / "metrics.jsonl", step)
         self.metrics = open(run.out / "metrics.jsonl", "a", encoding="utf-8")
@@ -51,15 +51,16 @@ class Recorder:
         self.board.add_image("samples", grid, step, dataformats="HWC")
         return path
 
-    def close(self) -> None:
-        """Flushes everything and lets the folder go."""
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         self.metrics.close()
         self.board.close()
-        self.lock.release()
 
 
 class Lock:
-    """An advisory lock on ``out/.lock``; it falls with its process, however that ends."""
+    """An advisory lock on ``out/.lock`` while the context lasts; it falls with its process, however that ends."""
 
     def __init__(self, out: Path):
         out.mkdir(parents=True, exist_ok=True)
@@ -69,13 +70,16 @@ class Lock:
         except OSError:
             self.file.seek(0)
             holder = self.file.read().strip() or "unknown"
+            self.file.close()
             raise ValueError(f"out {out} is in use by process {holder}: wait for it, or use another --out") from None
         self.file.truncate(0)
         self.file.write(str(os.getpid()))
         self.file.flush()
 
-    def release(self) -> None:
-        """Lets another process in."""
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         self.file.close()
 
 

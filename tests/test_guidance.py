@@ -50,6 +50,13 @@ def test_interval(at, inside):
     assert calls == [2 * B if inside else B] and torch.equal(out, model(x, t, cond)) is not inside
 
 
+def test_narrow_outputs_are_combined_in_fp32():
+    model, x, t, cond, null, _ = setup()
+    out = guided(lambda *args: model(*args).bfloat16(), cond, null, scale=8.0)(x, t, 0.5)
+    with_cond, without = (model(x, t, c).bfloat16().float() for c in (cond, null))
+    assert out.dtype == torch.float32 and torch.allclose(out, without + 8.0 * (with_cond - without), atol=1e-5)
+
+
 def test_scale_zero_is_unconditional():
     model, x, t, cond, null, _ = setup()
     assert torch.allclose(guided(model, cond, null, scale=0.0)(x, t, 0.5), model(x, t, null), atol=1e-12)

@@ -19,7 +19,7 @@ class Config:
     """Where pictures come from."""
 
     source: Source = "digits"
-    """digits: scikit-learn's 8 x 8 digits; folder: pictures under --data.path; synthetic: random latents, for measuring speed."""
+    """digits: scikit-learn's 8 x 8 digits; folder: pictures under --data.path; synthetic: random latents, to time things."""
     path: Path | None = None
     """Folder of pictures, one sub-folder a class, or flat for no classes (folder only)."""
     image_size: int | None = None
@@ -74,7 +74,7 @@ def check(cfg: Config) -> None:
 
 
 def open_dataset(cfg: Config) -> Dataset:
-    """Opens the dataset that ``cfg`` names; raises ValueError as ``check``, and DataError for a folder without pictures."""
+    """Opens the dataset that ``cfg`` names; raises ValueError as ``check``, DataError for a folder without pictures."""
     check(cfg)
     if cfg.source == "digits":
         from odit.data.digits import Digits

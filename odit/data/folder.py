@@ -1,9 +1,9 @@
 """A folder of pictures: one sub-folder a class, or no sub-folders and no classes.
 
-Every picture becomes 8-bit RGB by one rule: the first frame; turned as its EXIF orientation says; transparency laid over
-white; 16-bit samples cut to their high byte; grey, palette and CMYK by Pillow's plain formulas (colour profiles are
-not applied). Pixels without a stated range (floats, 32-bit integers beyond 16 bits) make a bad sample. Then it is resized
-and centre-cropped to a square.
+Every picture becomes 8-bit RGB by one rule: the first frame; turned as its EXIF orientation says; transparency laid
+over white; 16-bit samples cut to their high byte; grey, palette and CMYK by Pillow's plain formulas (colour profiles
+are not applied). Pixels without a stated range (floats, 32-bit integers beyond 16 bits) make a bad sample. Then it is
+resized and centre-cropped to a square.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_ASPECT = 20
 
 
 class Folder:
-    """Pictures under ``path``, sorted by class and then by name; sizes and pixels are looked at when they are needed."""
+    """Pictures under ``path``, sorted by class and then by name; their sizes and pixels are looked at when needed."""
 
     def __init__(self, path: Path, image_size: int, held_out: float):
         self.path, self.shape = Path(path), (3, image_size, image_size)
@@ -111,7 +111,7 @@ def read_picture(path: Path, size: int) -> Tensor:
             picture = Image.open(io.BytesIO(data))
         except Image.DecompressionBombError:
             raise BadSample(path, f"more than {MAX_PIXELS:,} pixels") from None
-        except Exception as error:  # noqa: BLE001 (decoders raise nearly anything on damaged data)
+        except Exception as error:  # decoders raise nearly anything on damaged data
             raise BadSample(path, f"not an image ({type(error).__name__})") from None
         with picture:
             width, height = picture.size
@@ -121,7 +121,7 @@ def read_picture(path: Path, size: int) -> Tensor:
                 raise BadSample(path, f"{width} x {height} is longer than {MAX_ASPECT}:1")
             try:
                 rgb = to_rgb(picture)
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 raise BadSample(path, f"cannot be decoded ({error})") from None
     return centre_crop(rgb, size).float() / 127.5 - 1
 

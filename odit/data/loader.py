@@ -1,7 +1,7 @@
 """The order of samples, and reading them: batch ``step`` is a function of (key, step) and the data alone.
 
-Position p of the endless sequence of epochs is sample ``train_ids[permutation(epoch's key, p % n)]`` of epoch p // n. Step s holds
-positions s * global_batch and on, so batches run on across epochs and nothing is dropped, saved or shuffled in memory.
+Position p of the endless sequence of epochs is sample ``train_ids[permutation(key of epoch p // n, p % n)]``. Step s
+holds positions s * global_batch and on, so batches run on across epochs and nothing is dropped, saved or shuffled.
 A bad sample is replaced by one that its draw id selects; the draw id stays, so every other draw of the run does too.
 """
 
@@ -43,8 +43,8 @@ def batches(
     Args:
         part: (rank, num): yields the rank-th of num equal contiguous shares of each global batch.
         on_bad: called with (path, reason) once a bad file.
-        bad_budget: raises DataError, listing the files, when more distinct samples than this fraction of those read, and more
-            than 10, were bad. Counted in this iterator: from ``start``, in this part.
+        bad_budget: raises DataError, listing the files, when more distinct samples than this fraction of those read,
+            and more than 10, were bad. Counted in this iterator: from ``start``, in this part.
 
     Closing the iterator ends its worker processes.
     """
@@ -86,9 +86,8 @@ def sample_ids(draw_ids_B: Tensor) -> Tensor:
 
 def substitute(train_ids: Tensor, key: random.Key, draw_id: int, attempt: int) -> int:
     """Chooses the sample id that stands in for a bad sample; a function of the arguments, nothing else."""
-    ids = torch.tensor([draw_id])
-    word = random.bits(random.fold_in(key, "substitute"), (1,), ids, start=attempt)
-    return int(train_ids[int(word) % len(train_ids)])
+    word = random.fold_in(key, "substitute", draw_id, attempt).lo
+    return int(train_ids[word % len(train_ids)])
 
 
 def mirror(x_BCHW: Tensor, key: random.Key, ids_B: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ def mirror(x_BCHW: Tensor, key: random.Key, ids_B: Tensor) -> Tensor:
 
 
 class Reading(NamedTuple):
-    """One share as it was read; ``bad`` are the (path, reason) met on the way, x and y are None when all attempts failed."""
+    """One share as it was read, with the (path, reason) of what was bad; x and y are None when all attempts failed."""
 
     ids_B: Tensor
     x_BCHW: Tensor | None

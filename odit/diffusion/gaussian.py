@@ -14,13 +14,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Predicts = Literal["eps", "x0", "v"]
+Variance = Literal["fixed-small", "fixed-large", "learned"]
+
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
     """A discrete Gaussian process, what the network predicts on it, and its reverse variance."""
 
-    predicts: Literal["eps", "x0", "v"]
-    variance: Literal["fixed-small", "fixed-large", "learned"]
+    predicts: Predicts
+    variance: Variance
     alphas_cumprod: Tensor
     """(T,) fp64: cumulative products of 1 - beta."""
     timesteps: Tensor
@@ -66,7 +69,7 @@ class Gaussian:
         out, fraction = self.split(model(x_t, self.network_time(t_B)).to(x.dtype), x.shape[1])
         error = out - target(self.predicts, x, noise, *self._amplitudes(x, t_B))
         loss_B = mean_per_sample(error.square())
-        if self.variance == "learned":
+        if fraction is not None:
             loss_B = loss_B + self.bound(x, x_t, t_B, out.detach(), fraction)
         return loss_B
 
@@ -115,7 +118,7 @@ class Gaussian:
         return over(alpha_B.sqrt(), x), over((1 - alpha_B).sqrt(), x)
 
 
-def from_betas(betas: Tensor, predicts: str = "eps", variance: str = "learned") -> Gaussian:
+def from_betas(betas: Tensor, predicts: Predicts = "eps", variance: Variance = "learned") -> Gaussian:
     """Makes a process from its T betas, each in (0, 1)."""
     assert bool(((betas > 0) & (betas < 1)).all()), "betas lie in (0, 1)"
     num = len(betas)
@@ -159,12 +162,12 @@ def respace(gaussian: Gaussian, times: list[int]) -> Gaussian:
 # Conversions. ``signal`` and ``sigma`` are floats, or tensors that broadcast against x_t.
 
 
-def target(predicts: str, x0, eps, signal, sigma):
+def target(predicts: Predicts, x0, eps, signal, sigma):
     """Gives what the network should put out; v = signal eps - sigma x_0 (Salimans & Ho 2022, sec. 4)."""
     return {"eps": lambda: eps, "x0": lambda: x0, "v": lambda: signal * eps - sigma * x0}[predicts]()
 
 
-def x0_from(predicts: str, out, x_t, signal, sigma):
+def x0_from(predicts: Predicts, out, x_t, signal, sigma):
     """Gives the data that a prediction implies."""
     return {
         "eps": lambda: (x_t - sigma * out) / signal,
@@ -173,7 +176,7 @@ def x0_from(predicts: str, out, x_t, signal, sigma):
     }[predicts]()
 
 
-def eps_from(predicts: str, out, x_t, signal, sigma):
+def eps_from(predicts: Predicts, out, x_t, signal, sigma):
     """Gives the noise that a prediction implies."""
     return {
         "eps": lambda: out,

@@ -8,7 +8,7 @@ import torch
 
 from odit import tree
 from odit.diffusion.flow import Flow
-from odit.diffusion.gaussian import Gaussian
+from odit.diffusion.gaussian import Gaussian, at_least_fp32
 
 
 def level(objective: Gaussian | Flow, t):
@@ -46,7 +46,8 @@ def guided(
             return model(x, t_net_B, cond_B)
         num = x.shape[1] if channels is None else channels
         assert num <= x.shape[1], f"{num} guided channels of {x.shape[1]}"
-        cond, null = model(torch.cat([x, x]), torch.cat([t_net_B, t_net_B]), both_B).chunk(2)
+        out = model(torch.cat([x, x]), torch.cat([t_net_B, t_net_B]), both_B)
+        cond, null = at_least_fp32(out).chunk(2)  # the difference is small and scale large: not in bf16
         toward = null[:, :num] + scale * (cond[:, :num] - null[:, :num])
         return torch.cat([toward, cond[:, num:]], 1)
 

@@ -49,30 +49,31 @@ def sample(
     solved on its own times when steps is their number.
     """
     check_solver(objective, solver, steps)
-    family, solve = SOLVERS[solver]
+    solve = SOLVERS[solver][1]
     if solver in STOCHASTIC and noise_at is None:
         raise ValueError(f"solver {solver} draws noise at every step: pass noise_at")
-    if clip is not None and (family == "flow" or not clip > 0):
+    if clip is not None and (isinstance(objective, Flow) or not clip > 0):
         raise ValueError(f"clip is {clip}: use a positive bound on x_0 with a Gaussian process, None with a flow")
     x, indices = at_least_fp32(noise_BCHW), range(steps)
     loop = indices if progress is None else progress(indices)
-    if family == "flow":
+    if isinstance(objective, Flow):
         return solve(objective, model, x, steps, loop, noise_at)
     return solve(respace(objective, spaced_times(objective.num_steps, steps)), model, x, loop, noise_at, clip)
 
 
 def check_solver(objective: Gaussian | Flow, solver: str, steps: int) -> None:
     """Raises ValueError for a solver of the other family and for a number of steps it cannot make."""
-    family = "flow" if isinstance(objective, Flow) else "gaussian"
+    if isinstance(objective, Flow):
+        family, what, most, bound = "flow", "a flow", math.inf, "1 or more"
+    else:
+        family, what, most = "gaussian", f"a Gaussian process ({objective.predicts})", objective.num_steps
+        bound = f"1 to {most}, the number of steps trained on"
     fitting = ", ".join(name for name, (of, _) in SOLVERS.items() if of == family)
     if solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}: use one of {fitting}")
     if SOLVERS[solver][0] != family:
-        what = "a flow" if family == "flow" else f"a Gaussian process ({objective.predicts})"
         raise ValueError(f"solver is {solver!r}, which does not solve {what}: use one of {fitting}")
-    most = objective.num_steps if family == "gaussian" else math.inf
     if not 1 <= steps <= most:
-        bound = "1 or more" if family == "flow" else f"1 to {most}, the number of steps trained on"
         raise ValueError(f"steps is {steps}: {solver} needs {bound}")
 
 

@@ -1,0 +1,52 @@
+"""Small runs that tests share."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from odit import config, data, param, plan, random, tree
+from odit.models import dit
+
+torch.set_num_threads(1)  # tests are small, and two threads that wait for each other are slower than one
+
+
+@pytest.fixture(scope="session")
+def digits() -> data.Dataset:
+    return data.open_dataset(data.Config(source="digits", held_out=1 / 6))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> config.Run:
+    """A digits run that a test can afford."""
+    return dataclasses.replace(
+        config.presets()["digits"][1],
+        out=tmp_path / "run",
+        steps=20,
+        model=dit.Config(width=32, depth=2, heads=2, patch=2),
+        evaluate=False,
+        progress=False,
+        log_every=1,
+        validate_every=20,
+        sample_every=20,
+        validation_draws=1,
+        sampling=config.Sampling(solver="euler", steps=2, guidance=config.Guidance(scale=2.0)),
+    )
+
+
+@pytest.fixture
+def make_plan(digits):
+    """(run, changes) -> plan on the digits."""
+    return lambda run, **changes: plan.make(dataclasses.replace(run, **changes), digits)
+
+
+def redraw(declared, key=random.key(11), dtype=torch.float64, std=0.1):
+    """Weights with every zero-initialised leaf and bias drawn, so that no error hides behind adaLN-Zero's zeros."""
+
+    def leaf(path, p):
+        drawn = param.draw(p, path, key).to(dtype)
+        noise = random.normal(random.fold_in(key, "redraw", path), p.shape).to(dtype) * std
+        return noise if not drawn.any() else drawn + noise * (drawn.ndim == 1)
+
+    return tree.map_with_path(leaf, declared)

@@ -1,0 +1,107 @@
+"""Start-up checks: every wrong configuration is refused in one sentence, before anything slow."""
+
+import dataclasses
+import time
+
+import pytest
+
+from odit import config, data, diffusion, optim, plan
+from odit.config import Guidance, Parallel, Sampling
+from odit.models import dit
+
+DIGITS = config.presets()["digits"][1]
+
+
+def changed(**changes):
+    """The digits preset with dotted settings replaced: data__path=... is data.path."""
+    run = DIGITS
+    for name, value in changes.items():
+        parts = name.split("__")
+        if len(parts) == 2:
+            value = dataclasses.replace(getattr(run, parts[0]), **{parts[1]: value})
+        run = dataclasses.replace(run, **{parts[0]: value})
+    return run
+
+
+# (changes, key named, found named, what would be right)
+WRONG = [
+    (dict(steps=0), "steps", "0", "1 or more"),
+    (dict(global_batch=-4), "global_batch", "-4", "1 or more"),
+    (dict(micro_batch=36), "micro_batch", "36 does not divide global_batch 96", "nearest that does is 32"),
+    (dict(stop_at=5000), "stop_at", "5000", "a step between"),
+    (dict(seed=-1), "seed", "-1", r"integer in \[0"),
+    (dict(keep=0), "keep", "0", "1 or more"),
+    (dict(log_every=0), "log_every", "0", "1 or more"),
+    (dict(validation_draws=0), "validation_draws", "0", "1 or more"),
+    (dict(threads=0), "threads", "0", "1 or more"),
+    (dict(device="tpu"), "device", "'tpu'", "auto, cpu or cuda"),
+    (dict(model__heads=5), "model.heads", "5 does not divide model.width 128", "use one of .*4, 8"),
+    (dict(model__patch=3), "model.patch", "3 does not divide the picture size 8", r"use one of \[1, 2, 4, 8\]"),
+    (dict(model__label_dropout=1.0), "model.label_dropout", "1.0", r"in \[0, 1\)"),
+    (dict(model=dit.Config(width=90, heads=9, positions="rotary")), "model.positions", "90 over 9 heads is 10", "sincos"),
+    (dict(model__depth=0), "model.depth", "0", "1 or more"),
+    (dict(model__label_dropout=0.0), "sampling.guidance.scale", "2.0", "--model.label-dropout 0.1"),
+    (dict(optimizer__lr=float("nan")), "optimizer.lr", "nan", "finite"),
+    (dict(optimizer__ema_decay=1.0), "optimizer.ema_decay", "1.0", r"in \[0, 1\)"),
+    (dict(optimizer__beta2=-0.1), "optimizer.beta2", "-0.1", r"in \[0, 1\)"),
+    (dict(optimizer=optim.Config(final_lr=1e-5)), "optimizer.final_lr", "1e-05", "--optimizer.decay"),
+    (dict(data__path="x"), "data.path", "'x'", "leave it out or use folder"),
+    (dict(data__flip=True), "data.flip", "on", "--data.no-flip"),
+    (dict(data=data.Config(source="folder", image_size=32)), "data.path", "not given", "give the folder"),
+    (dict(data=data.Config(source="folder", path="x")), "data.image_size", "not given", "such as 256"),
+    (dict(data__held_out=1.5), "data.held_out", "1.5", r"in \[0, 1\)"),
+    (dict(data__bad_budget=-1.0), "data.bad_budget", "-1.0", r"in \[0, 1\]"),
+    (dict(diffusion__betas="cosine"), "diffusion.betas", "'cosine'", "eps, x0 or v"),
+    (dict(diffusion=diffusion.Config(objective="eps", time_scale=2.0)), "diffusion.time_scale", "2.0", "flow"),
+    (dict(diffusion__time_scale=-1.0), "diffusion.time_scale", "-1.0", "positive"),
+    (dict(sampling=Sampling(solver="ddim")), "solver", "'ddim'", "euler, heun, sde"),
+    (dict(sampling=Sampling(steps=0)), "steps", "0", "1 or more"),
+    (dict(sampling=Sampling(clip=1.0)), "sampling.clip", "1.0", "leave it out"),
+    (dict(sampling=Sampling(guidance=Guidance(interval=(0.8, 0.2)))), "sampling.guidance.interval", "0.8, 0.2", "rising"),
+    (dict(sampling=Sampling(guidance=Guidance(scale=-1.0))), "sampling.guidance.scale", "-1.0", ">= 0"),
+    (dict(sampling=Sampling(guidance=Guidance(channels=0))), "sampling.guidance.channels", "0", "1 or more"),
+    (dict(parallel=Parallel(sp=3)), "parallel.sp", "3", "use 1"),
+    (dict(parallel=Parallel(zero=2)), "parallel.zero", "2", "use 0"),
+    (dict(parallel=Parallel(sequence="ring")), "parallel.sequence", "ring", "auto or none"),
+    (dict(kernels="fused"), "kernels", "fused", "auto or reference"),
+    (dict(compile=True), "compile", "True", "False"),
+]
+
+
+@pytest.mark.parametrize("changes, key, found, fix", WRONG, ids=lambda v: str(list(v)) if isinstance(v, dict) else None)
+def test_wrong_settings_are_refused_in_one_sentence(changes, key, found, fix):
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=rf"(?s)^[^\n]*{key}[^\n]*{found}[^\n]*{fix}[^\n]*$"):
+        run = changed(**changes)
+        plan.check(run)
+        plan.pick_device(run.device)
+    assert time.perf_counter() - began < 1
+
+
+def test_every_preset_passes_its_checks():
+    for name, (_, run) in config.presets().items():
+        if name == "folder":
+            run = dataclasses.replace(run, data=dataclasses.replace(run.data, path="pictures"))
+        plan.check(run)
+
+
+def test_json_gives_the_config_back():
+    for _, run in config.presets().values():
+        assert config.from_json(config.Run, config.to_json(run)) == run
+
+
+BAD_JSON = [
+    ({"step": 3}, "step is no setting of this version: did you mean 'steps'"),
+    ({"model": {"widht": 3}}, "model.widht is no setting of this version: did you mean 'width'"),
+    ({"steps": "many"}, r"steps is 'many' \(str\): use a value of type int"),
+    ({"model": 4}, "model is 4: use an object"),
+    ({"precision": "fp8"}, "precision is 'fp8': use one of fp32, bf16, fp16"),
+    ({"compile": 1}, "compile is 1 .int.: use a value of type bool"),
+    ({"sampling": {"guidance": {"interval": [1.0]}}}, "sampling.guidance.interval"),
+]
+
+
+@pytest.mark.parametrize("found, message", BAD_JSON)
+def test_bad_json_is_refused_by_key(found, message):
+    with pytest.raises(ValueError, match=message):
+        config.from_json(config.Run, found)

@@ -1,0 +1,241 @@
+"""Whole runs through the scripts: same command, same numbers; resume, refusals and what is written."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from odit import config, data, health, optim, record
+from odit.health import CheckpointError, NumericError
+
+ROOT = Path(__file__).parent.parent
+TIMED = {"samples_per_s"}
+
+
+def script(name):
+    """An experiment as a module; scripts are no package."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "experiments" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+train_script, sample_script, evaluate_script = script("train"), script("sample"), script("evaluate")
+
+
+def metrics(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
+
+
+def state(out, step):
+    file = out / "checkpoints" / f"step_{step:08d}" / "state.safetensors"
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}  # load_file maps the file
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def variant(run, **changes):
+    return dataclasses.replace(run, **changes)
+
+
+@pytest.fixture
+def twice(tiny, tmp_path):
+    return tiny, variant(tiny, out=tmp_path / "other")
+
+
+def test_two_runs_of_one_command_agree_bit_for_bit(twice):
+    for run in twice:
+        train_script.main(variant(run, steps=8, validate_every=4))
+    a, b = (run.out for run in twice)
+    assert metrics(a) == metrics(b) and len(metrics(a)) == 10
+    assert same_tensors(state(a, 8), state(b, 8))
+    assert (a / "samples" / "step_00000008.png").read_bytes() == (b / "samples" / "step_00000008.png").read_bytes()
+
+
+def test_seeds_differ(twice):
+    for seed, run in enumerate(twice):
+        train_script.main(variant(run, steps=2, seed=seed))
+    a, b = (metrics(run.out) for run in twice)
+    assert a[0]["draw_digest"] != b[0]["draw_digest"] and a[0]["loss"] != b[0]["loss"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_exact(twice, precision):
+    """20 steps against 10, resume, 10: same losses and same final tensors, bit for bit."""
+    whole, parted = (variant(run, precision=precision, validate_every=7) for run in twice)
+    train_script.main(whole)
+    train_script.main(variant(parted, stop_at=10))
+    assert json.loads((parted.out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 10
+    train_script.main(variant(parted, resume="latest"))
+    trained = [[line for line in metrics(run.out) if "loss" in line] for run in (whole, parted)]
+    assert trained[0] == trained[1] and len(trained[0]) == 20
+    assert same_tensors(state(whole.out, 20), state(parted.out, 20))
+
+
+def test_resume_cuts_metrics_and_steps_back_past_a_broken_checkpoint(tiny):
+    train_script.main(variant(tiny, steps=8, checkpoint_every=4))
+    expected, final = metrics(tiny.out), state(tiny.out, 8)
+    with open(tiny.out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "loss"')
+    broken = tiny.out / "checkpoints" / "step_00000008" / "state.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="stepping back past a broken checkpoint"):
+        train_script.main(variant(tiny, steps=8, checkpoint_every=4, resume="latest"))
+    assert metrics(tiny.out) == expected
+    assert same_tensors(state(tiny.out, 8), final)
+
+
+def test_resume_at_the_ends(tiny, capsys):
+    run = variant(tiny, steps=2, resume="latest")
+    train_script.main(run)
+    assert "no checkpoint in" in capsys.readouterr().out
+    train_script.main(run)
+    assert "already at step 2 of 2: nothing to do" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        train_script.main(variant(run, resume=str(tiny.out / "checkpoints" / "step_00000001")))
+
+
+def test_a_used_folder_is_not_written_over(tiny):
+    train_script.main(variant(tiny, steps=1))
+    with pytest.raises(ValueError, match="holds a run with checkpoints up to step 1: go on with --resume latest"):
+        train_script.main(variant(tiny, steps=1))
+
+
+@pytest.mark.parametrize("change, message", [({"seed": 3}, "seed 0, this run has 3"), ({"global_batch": 48}, "global_batch 96")])
+def test_resuming_another_run_is_refused(tiny, change, message):
+    train_script.main(variant(tiny, steps=4, stop_at=1))
+    with pytest.raises(CheckpointError, match=message):
+        train_script.main(variant(tiny, steps=4, resume="latest", **change))
+
+
+def test_resuming_on_other_data_is_refused(tiny):
+    train_script.main(variant(tiny, steps=4, stop_at=1))
+    other = data.Config(source="digits", held_out=0.3)
+    with pytest.raises(CheckpointError, match="was written with data"):
+        train_script.main(variant(tiny, steps=4, resume="latest", data=other))
+
+
+def test_a_folder_in_use_is_refused(tiny):
+    with record.Lock(tiny.out), pytest.raises(ValueError, match=r"is in use by process \d+: wait for it, or use another"):
+        train_script.main(tiny)
+    train_script.main(variant(tiny, steps=1))
+
+
+def test_init_from_starts_at_those_weights(twice):
+    first, second = twice
+    train_script.main(variant(first, steps=2))
+    weights = load_file(first.out / "ema.safetensors")
+    slow = dataclasses.replace(second.optimizer, lr=1e-12, warmup=0)
+    train_script.main(variant(second, steps=1, init_from=first.out / "ema.safetensors", optimizer=slow))
+    started = state(second.out, 1)
+    assert all((started[name] - w).abs().max() < 1e-6 for name, w in weights.items())
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(tiny, monkeypatch):
+    whole = train_script.loader.batches
+
+    def poisoned(*args, **kwargs):
+        for batch in whole(*args, **kwargs):
+            yield batch._replace(x_BCHW=batch.x_BCHW * float("nan"))
+
+    monkeypatch.setattr(train_script.loader, "batches", poisoned)
+    with pytest.raises(NumericError, match="10 steps in a row up to 10 were not finite, the last in grad.patch.w"):
+        train_script.main(tiny)
+
+
+def test_what_a_run_writes(tiny):
+    train_script.main(variant(tiny, steps=3))
+    written = json.loads((tiny.out / "config.json").read_text())
+    about = written.pop("_about")
+    assert config.from_json(config.Run, written) == variant(tiny, steps=3)
+    assert {"torch", "git", "command"} <= about.keys()
+    line = metrics(tiny.out)[0]
+    assert {"step", "loss", "grad_norm", "lr", "draw_digest"} <= line.keys()
+    assert list((tiny.out / "tensorboard").glob("events*"))
+    from PIL import Image
+
+    assert Image.open(tiny.out / "samples" / "step_00000003.png").size == (10 * 34 + 2, 8 * 34 + 2)
+
+
+def test_samples_are_functions_of_seed_and_index(tiny, tmp_path):
+    train_script.main(variant(tiny, steps=3, optimizer=optim.Config(lr=1e-2)))
+    found = {}
+    for name, changes in {
+        "a": dict(num=6, batch=6),
+        "b": dict(num=6, batch=4),
+        "c": dict(num=3, batch=64),
+        "d": dict(num=6, seed=1),
+        "e": dict(num=6, guidance=1.0),
+    }.items():
+        path = tmp_path / f"{name}.safetensors"
+        sample_script.main(
+            sample_script.Sample(tiny.out / "ema.safetensors", tmp_path / f"{name}.png", tensors=path, label=(3, 4), **changes)
+        )
+        found[name] = load_file(path)["samples"]
+    # noise is bit-equal; a matmul's bits depend on its number of rows
+    assert (found["a"] - found["b"]).abs().max() < 1e-5
+    assert (found["a"][:3] - found["c"]).abs().max() < 1e-5
+    assert (found["a"] - found["d"]).abs().max() > 0.1
+    assert (found["a"] - found["e"]).abs().max() > 1e-4
+    from PIL import Image
+
+    recipe = json.loads(Image.open(tmp_path / "a.png").text["odit"])
+    assert recipe["labels"] == [3, 4, 3, 4, 3, 4] and recipe["sampling"]["solver"] == "euler"
+
+
+WRONG_SAMPLES = [
+    (dict(num=0), ValueError, "num is 0: use 1 or more"),
+    (dict(label=(10,)), ValueError, "label 10 is no class of this model: it knows 10, 0 to 9"),
+    (dict(solver="ddim"), ValueError, "solver is 'ddim', which does not solve a flow"),
+    (dict(checkpoint=Path("nowhere")), CheckpointError, "checkpoint nowhere does not exist"),
+]
+
+
+def test_wrong_sample_settings_are_refused(tiny, tmp_path):
+    train_script.main(variant(tiny, steps=1))
+    for changes, error, message in WRONG_SAMPLES:
+        args = sample_script.Sample(**{"checkpoint": tiny.out / "ema.safetensors", "out": tmp_path / "x.png", **changes})
+        with pytest.raises(error, match=message):
+            sample_script.main(args)
+
+
+def test_evaluate_reports_and_ends_with_the_class_accuracy(tiny, capsys):
+    train_script.main(variant(tiny, steps=1))
+    capsys.readouterr()
+    evaluate_script.main(evaluate_script.Evaluate(tiny.out / "ema.safetensors", num=50, out=tiny.out / "e.json"))
+    lines = capsys.readouterr().out.strip().splitlines()
+    found = json.loads((tiny.out / "e.json").read_text())
+    assert lines[-1] == f"class accuracy: {found['class_accuracy']:.1f}"
+    # an untrained model shows noise: far from the digits, classes at chance
+    assert found["class_accuracy"] < 40 and found["judge_accuracy"] > 98
+    assert found["frechet"] > 20 * found["frechet_floor"] > 0
+    assert found["copies"] == 0
+
+
+@pytest.mark.parametrize(
+    "error, code", [(ValueError, 2), (CheckpointError, 3), (data.DataError, 4), (NumericError, 5), (OSError, 6)]
+)
+def test_exit_codes(error, code, capsys):
+    def fail():
+        raise error("what and why")
+
+    with pytest.raises(SystemExit) as left:
+        health.run(fail)
+    assert left.value.code == code and capsys.readouterr().err == "error: what and why\n"
+
+
+def test_the_command_line():
+    command = [sys.executable, str(ROOT / "experiments" / "train.py"), "digits", "--micro-batch", "36", "--no-progress"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: micro_batch 36 does not divide global_batch 96: the nearest that does is 32\n"
