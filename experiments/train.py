@@ -55,7 +55,7 @@ def restore(composed: plan.Plan, dataset: data.Dataset) -> train.TrainState | No
         print(f"resume latest: no checkpoint in {run.out}, starting at step 0", flush=True)
         return None
     told = checkpoint.read_about(path)
-    mine = {"data": dataset.fingerprint(), "seed": run.seed, "global_batch": run.global_batch}
+    mine = {"data": identity(dataset), "seed": run.seed, "global_batch": run.global_batch}
     for name, value in mine.items():
         if told[name] != value:
             raise CheckpointError(f"{path} was written with {name} {told[name]}, this run has {value}: use that one")
@@ -144,10 +144,15 @@ def about(composed, dataset, state) -> dict:
         "samples": state.step * run.global_batch,
         "config": config.to_json(run),
         "shape": dataclasses.asdict(composed.shape),
-        "data": dataset.fingerprint(),
+        "data": identity(dataset),
         "class_names": dataset.class_names,
         "versions": record.about(),
     }
+
+
+def identity(dataset: data.Dataset) -> str:
+    """What a run may not change on resume: the samples, and which of them it trains on."""
+    return f"{dataset.fingerprint()}, {len(dataset.train_ids)} to train on"
 
 
 def finish(composed, dataset, state, recorder) -> None:

@@ -57,7 +57,7 @@ def timestep_features(t_B: Tensor, dim: int, freqs: Literal["dit", "diffusers"] 
     diffusers' port."""
     half = dim // 2
     t = at_least_fp32(t_B) if t_B.is_floating_point() else t_B.float()
-    exponent = torch.arange(half, dtype=torch.float64) / (half if freqs == "dit" else half - 1)
+    exponent = torch.arange(half, dtype=torch.float64, device=t.device) / (half if freqs == "dit" else half - 1)
     frequency = torch.exp(-math.log(10000.0) * exponent).to(t)
     angle = t[:, None] * frequency
     return torch.cat((angle.cos(), angle.sin()), -1)

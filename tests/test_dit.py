@@ -1,5 +1,6 @@
 """The DiT against diffusers', against a slow one written from the paper, and against what must hold of any DiT."""
 
+import cmath
 import copy
 import dataclasses
 import math
@@ -104,7 +105,7 @@ def test_output_and_every_gradient_are_those_of_diffusers(cfg, shape):
         found.update(dict.fromkeys(names, total))
     expected, *_ = convert.from_diffusers(found, config)
     errors = {path: relative(leaf.grad, g) for (path, leaf), g in zip(tree.items(ours), tree.leaves(expected))}
-    # A key's bias adds the same to all scores of a query, so that its gradient is rounding noise: judged by the query's.
+    # A key's bias adds the same to all scores of a query: its gradient is rounding noise, judged by the query's.
     for i, block in enumerate(expected["blocks"]):
         q, k, v = block["qkv"]["b"]
         ours_b = ours["blocks"][i]["qkv"]["b"].grad
@@ -149,13 +150,13 @@ def slow_norm(x):
 
 
 def slow_rotate(x, token, side):
-    """Pairs (i, i + K/2) as complex numbers: the first half of the pairs turns with the row, the second with the column."""
+    """Pairs (i, i + K/2) as complex numbers: the first half of them turns with the row, the second with the column."""
     row, column = divmod(token, side)
     K = len(x)
     out = torch.empty_like(x)
     for i in range(K // 2):
         position, j = (row, i) if i < K // 4 else (column, i - K // 4)
-        turned = torch.complex(x[i], x[i + K // 2]) * torch.exp(torch.tensor(1j * position * 100 ** (-j / (K // 4))))
+        turned = torch.complex(x[i], x[i + K // 2]) * cmath.exp(1j * position * 100 ** (-j / (K // 4)))
         out[i], out[i + K // 2] = turned.real, turned.imag
     return out
 
@@ -172,7 +173,7 @@ def slow_dit(state, extra, x, t, y, heads, patch, rotary=False, last=None):
     def modulate(h, shift, scale):
         return torch.stack([slow_norm(token) for token in h]) * (1 + scale) + shift
 
-    C, size, _ = x.shape
+    size = x.shape[-1]
     side = size // patch
     kernel = state["x_embedder.proj.weight"]
     tokens = []
@@ -436,17 +437,15 @@ def test_unconditional_needs_no_label():
 
 
 def test_pictures_need_not_be_square():
-    """A transposed picture gives the transposed output where weights and positions are blind to the exchange."""
+    """A transposed picture gives the transposed output once what turns with rows and with columns is exchanged."""
     cfg = dataclasses.replace(CFG, patch=1, positions="rotary")
     params = drawn(cfg, SHAPE)
-    for i, K in ((i, cfg.head_size) for i in range(cfg.depth)):  # exchange the rotary pairs of rows and of columns
-        order = torch.cat([torch.arange(K // 4).roll(0) + s for s in (K // 4, 0, 3 * K // 4, K // 2)])
-        params["blocks"][i]["qkv"]["order"] = order
+    rows, columns = torch.arange(cfg.head_size).reshape(2, 2, -1).unbind(1)  # of a head: what turns with which
+    order = torch.stack([columns, rows], 1).flatten()
     swapped = copy.deepcopy(params)
-    for p, q in zip(params["blocks"], swapped["blocks"]):
-        order = p["qkv"].pop("order")
-        q["qkv"].pop("order")
-        q["qkv"]["w"][:2], q["qkv"]["b"][:2] = p["qkv"]["w"][:2][:, :, order], p["qkv"]["b"][:2][:, :, order]
+    for block in swapped["blocks"]:
+        for leaf in block["qkv"].values():
+            leaf[:2] = leaf[:2, :, order]
     x = torch.randn(2, 3, 4, 6, dtype=F64)
     t, y = torch.tensor([3.0, 500.0], dtype=F64), torch.tensor([0, 5])
     a = dit.forward(params, x, t, y, cfg)

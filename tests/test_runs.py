@@ -164,7 +164,8 @@ def test_what_a_run_writes(tiny):
     assert list((tiny.out / "tensorboard").glob("events*"))
     from PIL import Image
 
-    assert Image.open(tiny.out / "samples" / "step_00000003.png").size == (10 * 34 + 2, 8 * 34 + 2)
+    with Image.open(tiny.out / "samples" / "step_00000003.png") as picture:
+        assert picture.size == (10 * 34 + 2, 8 * 34 + 2)
 
 
 def test_samples_are_functions_of_seed_and_index(tiny, tmp_path):
@@ -189,7 +190,8 @@ def test_samples_are_functions_of_seed_and_index(tiny, tmp_path):
     assert (found["a"] - found["e"]).abs().max() > 1e-4
     from PIL import Image
 
-    recipe = json.loads(Image.open(tmp_path / "a.png").text["odit"])
+    with Image.open(tmp_path / "a.png") as picture:
+        recipe = json.loads(picture.text["odit"])
     assert recipe["labels"] == [3, 4, 3, 4, 3, 4] and recipe["sampling"]["solver"] == "euler"
 
 

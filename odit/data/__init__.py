@@ -19,7 +19,7 @@ class Config:
     """Where pictures come from."""
 
     source: Source = "digits"
-    """digits: scikit-learn's 8 x 8 digits; folder: pictures under --data.path; synthetic: random latents, to time things."""
+    """scikit-learn's 8 x 8 digits, pictures under --data.path, or random latents to measure speed with."""
     path: Path | None = None
     """Folder of pictures, one sub-folder a class, or flat for no classes (folder only)."""
     image_size: int | None = None

@@ -60,8 +60,14 @@ def find_pictures(path: Path) -> tuple[list[str], list[str], list[int]]:
     if not path.is_dir():
         found = "is not a folder" if path.exists() else "does not exist"
         raise DataError(f"data.path {str(path)!r} {found}: give a folder of pictures")
-    flat = sorted(entry.name for entry in os.scandir(path) if entry.is_file() and _is_picture(entry.name))
-    folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(
+            f"data.path {str(path)!r} cannot be listed ({error.strerror}): give a readable folder"
+        ) from None
+    flat = [entry.name for entry in entries if entry.is_file() and _is_picture(entry.name)]
+    folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     found = {name: _walk(path, name) for name in folders}
     classes = [name for name in folders if found[name]]
     if not classes:
