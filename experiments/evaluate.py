@@ -46,7 +46,9 @@ def main(args: Evaluate) -> None:
         raise CheckpointError(f"checkpoint {args.checkpoint} does not exist")
     run = config.from_json(config.Run, checkpoint.read_about(args.checkpoint)["config"])
     if run.data.source != "digits":
-        raise ValueError(f"checkpoint {args.checkpoint} was trained on data.source {run.data.source}: only digits have a judge")
+        raise ValueError(
+            f"checkpoint {args.checkpoint} was trained on data.source {run.data.source}: only digits have a judge"
+        )
     dataset = data.open_dataset(run.data)
     composed = plan.make(dataclasses.replace(run, device=args.device), dataset)
     scale = run.sampling.guidance.scale if args.guidance is None else args.guidance

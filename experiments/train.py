@@ -96,7 +96,9 @@ def loop(composed, dataset, state, key, recorder, stop) -> train.TrainState:
             if "bad" in metrics:
                 tqdm.write(f"step {state.step}: {metrics['bad']} is not finite; the update was skipped")
             if bad_streak == 10:
-                raise NumericError(f"10 steps in a row up to {state.step} were not finite, the last in {metrics['bad']}")
+                raise NumericError(
+                    f"10 steps in a row up to {state.step} were not finite, the last in {metrics['bad']}"
+                )
             bar.update()
             if state.step % run.log_every == 0 or state.step in (1, stop) or bad_streak:
                 speed = run.global_batch * (state.step - mark_step) / max(1e-9, time.monotonic() - mark)
@@ -177,4 +179,3 @@ def cli() -> None:
 
 if __name__ == "__main__":
     health.run(cli)
-

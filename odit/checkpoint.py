@@ -68,7 +68,9 @@ def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
 
 def steps(out: Path) -> list[int]:
     """Steps that have a checkpoint, rising."""
-    found = (re.fullmatch(r"step_(\d{8,})", p.name) for p in (out / "checkpoints").glob("step_*") if (p / MANIFEST).exists())
+    found = (
+        re.fullmatch(r"step_(\d{8,})", p.name) for p in (out / "checkpoints").glob("step_*") if (p / MANIFEST).exists()
+    )
     return sorted(int(match[1]) for match in found if match)
 
 

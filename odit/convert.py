@@ -388,7 +388,10 @@ def read_pt(path: str | Path, which: Literal["ema", "model"] = "ema") -> dict[st
     Raises:
         ValueError: whatever else the file is, in one sentence.
     """
-    path, size = Path(path), os.path.getsize(path)
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: give the path of a .pt file")
+    size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             claimed = sum(entry.file_size for entry in archive.infolist())
@@ -416,7 +419,10 @@ def read_pt(path: str | Path, which: Literal["ema", "model"] = "ema") -> dict[st
     for name, tensor in loaded.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise ValueError(f"{path}: {name} is no plain tensor ({tensor.layout}, {tensor.device}, {tensor.dtype})")
-    _fits(path, sum(tensor.numel() * tensor.element_size() for tensor in loaded.values()), size)
+    # One tensor may stand under many names, as to_diffusers' embedders do; it is in the file once.
+    _fits(
+        path, sum(nbytes for _, nbytes in {(t.data_ptr(), t.numel() * t.element_size()) for t in loaded.values()}), size
+    )
     return {str(name): tensor.detach() for name, tensor in loaded.items()}
 
 

@@ -81,7 +81,9 @@ def _check_numbers(run: Run) -> None:
     if not 0 <= run.seed < 2**64:
         raise ValueError(f"seed is {run.seed}: use an integer in [0, 2**64)")
     if run.stop_at is not None and not 0 < run.stop_at <= run.steps:
-        raise ValueError(f"stop_at {run.stop_at} lies outside the run's steps 1 to {run.steps}: use a step between them")
+        raise ValueError(
+            f"stop_at {run.stop_at} lies outside the run's steps 1 to {run.steps}: use a step between them"
+        )
     micro = run.micro_batch
     if micro is not None and (micro < 1 or run.global_batch % micro):
         fits = [n for n in range(1, run.global_batch + 1) if run.global_batch % n == 0]
@@ -210,7 +212,3 @@ def describe(plan: Plan) -> str:
         f"on {plan.device}, seed {plan.run.seed}",
     ]
     return "\n".join([*lines, *plan.notes])
-
-
-
-

@@ -155,18 +155,25 @@ def permutation(k: Key, num: int, index: Tensor) -> Tensor:
     """Maps index in [0, num) to its place in a keyed permutation of [0, num), each element in O(1).
 
     A four-round Feistel network on the smallest even number of bits that holds ``num``, walked until the value falls
-    inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). index is int64 of any shape.
+    inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). index is int64 of any shape; the words of the
+    key may be tensors of that shape, a key an element.
     """
     assert num > 0
     half = max(1, -(-(num - 1).bit_length() // 2))
-    mask = (1 << half) - 1
-    value = index
-    outside = torch.ones_like(index, dtype=torch.bool)
-    while bool(outside.any()):
-        left, right = value >> half, value & mask
-        for round_ in range(4):
-            counter = (right, torch.full_like(right, 2), torch.full_like(right, round_), torch.zeros_like(right))
-            left, right = right, left ^ (philox(counter, k)[0] & mask)
-        value = torch.where(outside, (left << half) | right, value)
-        outside = value >= num
+    value = _feistel(k, index, half)
+    while len(outside := torch.nonzero(value.flatten() >= num)[:, 0]):
+        # words of a key can be tensors, one an index
+        part = Key(*(w.flatten()[outside] if isinstance(w, Tensor) else w for w in k))
+        walked = _feistel(part, value.flatten()[outside], half)
+        value = value.flatten().index_copy(0, outside, walked).reshape(index.shape)
     return value
+
+
+def _feistel(k: Key, value: Tensor, half: int) -> Tensor:
+    """Permutes the numbers of 2 * half bits, keyed by four Philox rounds' worth of words."""
+    mask = (1 << half) - 1
+    left, right = value >> half, value & mask
+    for round_ in range(4):
+        counter = (right, torch.full_like(right, 2), torch.full_like(right, round_), torch.zeros_like(right))
+        left, right = right, left ^ (philox(counter, k)[0] & mask)
+    return (left << half) | right

@@ -11,7 +11,7 @@ from typing import Any
 Tree = Any  # dict[str, Tree] | list[Tree] | leaf
 
 
-def map(fn: Callable, tree: Tree, *rest: Tree) -> Tree:  # noqa: A001 (jax.tree.map's name)
+def map(fn: Callable, tree: Tree, *rest: Tree) -> Tree:
     """Applies ``fn`` leaf by leaf to trees of one structure; raises ValueError where the structures differ."""
     return map_with_path(lambda _, *leaves: fn(*leaves), tree, *rest)
 

@@ -20,7 +20,9 @@ def validate(plan: Plan, params: tree.Tree, dataset: Dataset) -> dict[str, float
     mean norm of a sample's gradient in each bin is added as ``grad_norm_t*``. A bin no draw fell into is left out.
     """
     params = plan.materialize(params)
-    found = [_part(plan, params, dataset, ids, i) for i in range(plan.run.validation_draws) for ids in _chunks(plan, dataset)]
+    found = [
+        _part(plan, params, dataset, ids, i) for i in range(plan.run.validation_draws) for ids in _chunks(plan, dataset)
+    ]
     bins, *values = (torch.cat(column).double() for column in zip(*found))
     result = {"loss": float(values[0].mean())}
     for name, value in zip(("loss", "grad_norm"), values):

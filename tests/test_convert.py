@@ -216,6 +216,15 @@ def test_from_pretrained_opens_what_we_save_and_we_open_what_it_saves(tmp_path):
     assert_same(convert.load_diffusers(tmp_path / "pickled")[0], params)
 
 
+def test_tensors_of_many_names_are_read(tmp_path):
+    cfg, shape = dataclasses.replace(DIFFUSERS, depth=8, width=12), dataclasses.replace(SHAPE, num_classes=1000)
+    params = drawn(cfg, shape)
+    state, config = convert.to_diffusers(params, cfg, shape)
+    convert.write_pt(tmp_path / "a.pt", state)
+    assert os.path.getsize(tmp_path / "a.pt") < sum(tensor.nbytes for tensor in state.values())
+    assert_same(convert.from_diffusers(convert.read_pt(tmp_path / "a.pt"), config)[0], params)
+
+
 def test_published_config_of_the_older_class_is_read():
     """The keys of facebook/DiT-XL-2-256's config.json, which names Transformer2DModel."""
     model = diffusers_model()
@@ -416,6 +425,12 @@ PICKLES = [
     (lambda p: torch.save({"model": {"a": torch.zeros(4)}}, p), "has no 'ema'"),
     (lambda p: torch.save({"a": torch.eye(3).to_sparse()}, p), "no plain tensor"),
 ]
+
+
+def test_read_pt_refuses_what_is_no_file(tmp_path):
+    for path in (tmp_path, tmp_path / "none.pt"):
+        with pytest.raises(ValueError, match="is no file"):
+            convert.read_pt(path)
 
 
 @pytest.mark.parametrize("write, match", PICKLES)

@@ -68,7 +68,11 @@ def test_models_do_not_know_about_ranks():
 
 def test_a_forbidden_import_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr("test_layering.ROOT", tmp_path)
-    cases = {"nn.py": "import torch.distributed as dist", "optim.py": "from odit import train", "kernels/a.py": "import odit.nn"}
+    cases = {
+        "nn.py": "import torch.distributed as dist",
+        "optim.py": "from odit import train",
+        "kernels/a.py": "import odit.nn",
+    }
     for name, line in cases.items():
         file = tmp_path / "odit" / name
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -111,7 +111,9 @@ def test_a_used_folder_is_not_written_over(tiny):
         train_script.main(variant(tiny, steps=1))
 
 
-@pytest.mark.parametrize("change, message", [({"seed": 3}, "seed 0, this run has 3"), ({"global_batch": 48}, "global_batch 96")])
+@pytest.mark.parametrize(
+    "change, message", [({"seed": 3}, "seed 0, this run has 3"), ({"global_batch": 48}, "global_batch 96")]
+)
 def test_resuming_another_run_is_refused(tiny, change, message):
     train_script.main(variant(tiny, steps=4, stop_at=1))
     with pytest.raises(CheckpointError, match=message):
@@ -126,7 +128,10 @@ def test_resuming_on_other_data_is_refused(tiny):
 
 
 def test_a_folder_in_use_is_refused(tiny):
-    with record.Lock(tiny.out), pytest.raises(ValueError, match=r"is in use by process \d+: wait for it, or use another"):
+    with (
+        record.Lock(tiny.out),
+        pytest.raises(ValueError, match=r"is in use by process \d+: wait for it, or use another"),
+    ):
         train_script.main(tiny)
     train_script.main(variant(tiny, steps=1))
 
@@ -180,7 +185,9 @@ def test_samples_are_functions_of_seed_and_index(tiny, tmp_path):
     }.items():
         path = tmp_path / f"{name}.safetensors"
         sample_script.main(
-            sample_script.Sample(tiny.out / "ema.safetensors", tmp_path / f"{name}.png", tensors=path, label=(3, 4), **changes)
+            sample_script.Sample(
+                tiny.out / "ema.safetensors", tmp_path / f"{name}.png", tensors=path, label=(3, 4), **changes
+            )
         )
         found[name] = load_file(path)["samples"]
     # noise is bit-equal; a matmul's bits depend on its number of rows
@@ -206,7 +213,9 @@ WRONG_SAMPLES = [
 def test_wrong_sample_settings_are_refused(tiny, tmp_path):
     train_script.main(variant(tiny, steps=1))
     for changes, error, message in WRONG_SAMPLES:
-        args = sample_script.Sample(**{"checkpoint": tiny.out / "ema.safetensors", "out": tmp_path / "x.png", **changes})
+        args = sample_script.Sample(
+            **{"checkpoint": tiny.out / "ema.safetensors", "out": tmp_path / "x.png", **changes}
+        )
         with pytest.raises(error, match=message):
             sample_script.main(args)
 

@@ -61,7 +61,9 @@ def test_gradients_are_those_of_the_mean_loss(tiny, make_plan, digits):
     for i in range(96):
         t, x, noise = draws.t_B[i].double(), batch.x_BCHW[i : i + 1], draws.noise_BCHW[i : i + 1].double()
         label = 10 if draws.dropped_B[i] else int(batch.y_B[i])
-        out = dit.forward(params, t * x + (1 - t) * noise, draws.t_B[i : i + 1] * 1000, torch.tensor([label]), tiny.model)
+        out = dit.forward(
+            params, t * x + (1 - t) * noise, draws.t_B[i : i + 1] * 1000, torch.tensor([label]), tiny.model
+        )
         total = total + ((out - (x - noise)) ** 2).mean() / 96
     direct = torch.autograd.grad(total, leaves)
     assert abs(loss_B.mean() - total.detach()) < 1e-12
@@ -82,7 +84,9 @@ def test_draws_are_functions_of_the_sample_alone(tiny, make_plan):
 
 def test_digest_sees_every_bit_and_no_order():
     ids, y = torch.arange(6), torch.arange(6)
-    draws = train.Draws(random.uniform(KEY, (), ids), random.normal(KEY, (1, 4, 4), ids), torch.zeros(6, dtype=torch.bool))
+    draws = train.Draws(
+        random.uniform(KEY, (), ids), random.normal(KEY, (1, 4, 4), ids), torch.zeros(6, dtype=torch.bool)
+    )
     word = train.digest(ids, draws, y)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     assert train.digest(ids[order], train.Draws(*(d[order] for d in draws)), y[order]) == word

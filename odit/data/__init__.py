@@ -83,6 +83,7 @@ def open_dataset(cfg: Config) -> Dataset:
     if cfg.source == "folder":
         from odit.data.folder import Folder
 
+        assert cfg.path is not None and cfg.image_size is not None  # check saw to it
         return Folder(cfg.path, cfg.image_size, cfg.held_out)
     from odit.data.synthetic import Synthetic
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,8 +75,9 @@ def draw_ids(train_ids: Tensor, key: random.Key, positions: Tensor) -> Tensor:
     epoch = positions // num
     first = int(epoch.min())
     keys = torch.tensor([random.fold_in(key, "order", e) for e in range(first, int(epoch.max()) + 1)])
-    lo, hi = keys[epoch - first].unbind(-1)  # a key a position, so that one call serves many short epochs
-    return (epoch << 32) + train_ids[random.permutation(random.Key(lo, hi), num, positions % num)]
+    lo, hi = keys[epoch - first].unbind(-1)
+    key_of_position: Any = random.Key(lo, hi)  # type: ignore (words may be tensors: one call serves many epochs)
+    return (epoch << 32) + train_ids[random.permutation(key_of_position, num, positions % num)]
 
 
 def sample_ids(draw_ids_B: Tensor) -> Tensor:
@@ -97,12 +98,13 @@ def mirror(x_BCHW: Tensor, key: random.Key, ids_B: Tensor) -> Tensor:
 
 
 class Reading(NamedTuple):
-    """One share as it was read, with the (path, reason) of what was bad; x and y are None when all attempts failed."""
+    """One share as it was read."""
 
     ids_B: Tensor
-    x_BCHW: Tensor | None
-    y_B: Tensor | None
+    samples: tuple[Tensor, Tensor] | None
+    """x (B, C, H, W) and y (B,); None when every attempt at one of them failed."""
     bad: list[tuple[str, str]]
+    """(path, reason) of what was met on the way."""
 
 
 def read_share(dataset: Dataset, key: random.Key, ids_B: Tensor) -> Reading:
@@ -113,11 +115,12 @@ def read_share(dataset: Dataset, key: random.Key, ids_B: Tensor) -> Reading:
             read = [dataset.read(sample_ids(ids))]
         except BadSample:
             read = [_read_one(dataset, key, draw_id, bad) for draw_id in ids.tolist()]
-        if None in read:
-            return Reading(ids_B, None, None, bad)
-        xs += [x for x, _ in read]
-        ys += [y for _, y in read]
-    return Reading(ids_B, torch.cat(xs), torch.cat(ys), bad)
+        for sample in read:
+            if sample is None:
+                return Reading(ids_B, None, bad)
+            xs.append(sample[0])
+            ys.append(sample[1])
+    return Reading(ids_B, (torch.cat(xs), torch.cat(ys)), bad)
 
 
 def _read_one(dataset: Dataset, key: random.Key, draw_id: int, bad: list) -> tuple[Tensor, Tensor] | None:
@@ -143,10 +146,10 @@ def _batches(dataset, key, shares, workers, flip, bad_budget, on_bad) -> Iterato
                     on_bad(path, reason)
         # Distinct bad samples against distinct samples: a damaged file does not count anew in each epoch.
         num_read = min(num_read + len(reading.ids_B), len(dataset.train_ids))
-        if reading.x_BCHW is None or len(bad) > max(ALWAYS_ALLOWED, bad_budget * num_read):
+        if reading.samples is None or len(bad) > max(ALWAYS_ALLOWED, bad_budget * num_read):
             raise DataError(_over_budget(bad, num_read, bad_budget))
-        x_BCHW = mirror(reading.x_BCHW, key, reading.ids_B) if flip else reading.x_BCHW
-        yield Batch(reading.ids_B, x_BCHW, reading.y_B)
+        x_BCHW, y_B = reading.samples
+        yield Batch(reading.ids_B, mirror(x_BCHW, key, reading.ids_B) if flip else x_BCHW, y_B)
 
 
 def _over_budget(bad: dict[str, str], num_read: int, bad_budget: float) -> str:
@@ -184,7 +187,7 @@ def _read_ahead(read: Callable[[Tensor], Reading], shares: Iterable[Tensor], wor
     return iter(loader)  # dropping the iterator ends its workers
 
 
-def _same(reading: Reading) -> Reading:
+def _same(reading: Any) -> Any:
     return reading
 
 
