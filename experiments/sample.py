@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 from tqdm import tqdm
 
@@ -63,7 +62,7 @@ def main(args: Sample) -> None:
     composed = open_plan(args)
     sampling = override(args, composed.run.sampling)
     plan.check_sampling(sampling, composed.run.model, composed.objective)
-    labels = choose_labels(args, composed)
+    labels = sample.choose_labels(args.num, composed.shape.num_classes, args.label)
     params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
     pictures = sample.sample(
         composed,
@@ -96,17 +95,7 @@ def override(args: Sample, told: config.Sampling) -> config.Sampling:
     return dataclasses.replace(told, guidance=guidance, **{k: v for k, v in given.items() if v is not None})
 
 
-def choose_labels(args: Sample, composed: plan.Plan) -> torch.Tensor:
-    """One label a picture."""
-    num_classes = composed.shape.num_classes
-    if not args.label:
-        return sample.spread_labels(args.num, num_classes)
-    if bad := [y for y in args.label if not 0 <= y < num_classes]:
-        raise ValueError(f"label {bad[0]} is no class of this model: it knows {num_classes}, 0 to {num_classes - 1}")
-    return torch.tensor(args.label).repeat(-(-args.num // len(args.label)))[: args.num]
-
-
-def write(args: Sample, composed: plan.Plan, sampling: config.Sampling, labels: torch.Tensor, pictures) -> None:
+def write(args: Sample, composed: plan.Plan, sampling: config.Sampling, labels, pictures) -> None:
     """Writes the grid with its recipe, and the tensors where asked."""
     recipe = {
         **config.to_json(args),

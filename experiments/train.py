@@ -7,7 +7,6 @@ import functools
 import time
 import warnings
 
-import torch
 import tyro
 from tqdm import tqdm
 
@@ -20,8 +19,6 @@ def main(run: config.Run) -> None:
     """Checks, restores or initialises, then steps to the end, writing what the run is asked to."""
     began = time.monotonic()
     plan.check(run)
-    if run.threads:
-        torch.set_num_threads(run.threads)
     with record.Lock(run.out):
         dataset = data.open_dataset(run.data)
         composed = plan.make(run, dataset)
@@ -125,7 +122,7 @@ def periodic(composed, dataset, state, recorder, stop) -> None:
         checkpoint.save(run.out, state, about(composed, dataset, state), run.keep)
 
 
-def grid(composed: plan.Plan, state: train.TrainState) -> torch.Tensor:
+def grid(composed: plan.Plan, state: train.TrainState):
     """Pictures from the EMA weights, always of the same noise: a column a class, or 16 of any."""
     labels = sample.spread_labels(8 * columns(composed), min(composed.shape.num_classes, columns(composed)))
     return sample.sample(composed, state.ema, labels, random.key(composed.run.seed), batch=32)

@@ -75,8 +75,11 @@ def steps(out: Path) -> list[int]:
 
 
 def find(resume: str, out: Path) -> Path | None:
-    """The folder that ``--resume`` means: 'latest' is the newest whole one, stepping back past broken ones with a warning,
-    or None where there is none; a path is that one. Raises CheckpointError."""
+    """The folder that ``--resume`` means; raises CheckpointError.
+
+    'latest' is the newest whole one, stepping back past broken ones with a warning, or None where there is none; a path
+    is that one.
+    """
     if resume != "latest":
         path = Path(resume)
         if not (path / MANIFEST).exists():
@@ -119,8 +122,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, plan: Plan) -> tuple[TrainState, dict[str, Any]]:
-    """Reads a whole state for this plan's model; raises CheckpointError where anything is damaged, missing or of another
-    shape."""
+    """Reads a whole state; raises CheckpointError where anything is damaged, missing or of another shape."""
     manifest = verify(path)
     roles = {role: _read(path / STATE, role, plan) for role in ("param", "adamw.m", "adamw.v", "ema")}
     count = torch.tensor(manifest["updates"], dtype=torch.int64)
@@ -130,7 +132,7 @@ def load(path: Path, plan: Plan) -> tuple[TrainState, dict[str, Any]]:
 
 
 def load_weights(path: Path, plan: Plan, which: str = "ema") -> tree.Tree:
-    """Reads 'ema' or 'param' weights from a checkpoint folder, or the weights of a single file written by ``save_weights``."""
+    """Reads 'ema' or 'param' weights from a checkpoint folder, or those of a file that ``save_weights`` wrote."""
     if path.is_dir():
         verify(path)
         return _read(path / STATE, which, plan)

@@ -125,15 +125,15 @@ class Run:
 def _digits() -> Run:
     return Run(
         out=Path("runs/digits"),
-        steps=1500,
+        steps=1000,
         checkpoint_every=500,
-        sample_every=500,
+        sample_every=250,
         validate_every=250,
         data=data.Config(source="digits", held_out=1 / 6),
-        model=dit.Config(width=128, depth=6, heads=4, patch=2),
-        diffusion=diffusion.Config(objective="flow", time_scale=1000.0),
-        optimizer=optim.Config(lr=1e-3, warmup=100, decay="cosine", clip=1.0, ema_decay=0.998),
-        sampling=Sampling(solver="heun", steps=20, guidance=Guidance(scale=2.0)),
+        model=dit.Config(width=96, depth=4, heads=4, patch=2),
+        diffusion=diffusion.Config(objective="flow", times="logit-normal", time_scale=1000.0),
+        optimizer=optim.Config(lr=4e-3, beta2=0.99, warmup=50, decay="cosine", clip=1.0, ema_decay=0.995),
+        sampling=Sampling(solver="heun", steps=10, guidance=Guidance(scale=1.5)),
     )
 
 

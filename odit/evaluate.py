@@ -23,12 +23,15 @@ def evaluate(
     sampling: Sampling | None = None,
     progress: Callable | None = None,
 ) -> dict[str, Any]:
-    """Draws ``num`` pictures, spread evenly over the classes, and judges them with a classifier trained on the real ones.
+    """Draws ``num`` pictures, spread evenly over the classes; a classifier trained on the real ones judges them.
 
-    Returns percentages (``class_accuracy``, ``judge_accuracy`` on held-out data), Frechet distances in the classifier's
-    features (``frechet`` of generated to real training pictures; ``frechet_floor`` between two halves of these) and mean
-    Euclidean distances to the nearest training picture (``nearest`` of generated, ``nearest_held_out`` of held-out
-    pictures: a model that copies falls far below it; ``copies`` counts generated pictures nearer than any held-out one).
+    Returns:
+        class_accuracy, judge_accuracy: percent; the judge's own is on held-out pictures.
+        frechet: squared distance of generated to real training pictures in the judge's features.
+        frechet_floor: the same between two halves of the training pictures.
+        nearest, nearest_held_out: mean Euclidean distance to the nearest training picture, of generated and of held-out
+            pictures; a model that copies falls far below the second.
+        copies: generated pictures nearer to a training picture than any held-out one is.
     """
     x_train, y_train = dataset.read(dataset.train_ids)
     x_held, y_held = dataset.read(dataset.held_out_ids)

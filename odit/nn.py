@@ -19,7 +19,7 @@ def patchify(x_BCHW: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(x_BLP: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """Lays tokens of (patch, patch, C) values out as pictures (B, C, height, width); channels are fastest, as DiT's final layer."""
+    """Lays tokens of (patch, patch, C) values, channels fastest as in DiT, out as pictures (B, C, height, width)."""
     B, _, size = x_BLP.shape
     C = size // patch**2
     x = x_BLP.reshape(B, height // patch, width // patch, patch, patch, C)

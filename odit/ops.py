@@ -50,7 +50,7 @@ def gated_modulate(
 def qkv(h_BLD: Tensor, p: dict, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Projects to q, k, v (B L H K); normalises q and k and rotates them where p and tables say so.
 
-    p holds w (3, H, K, D), b (3, H, K) and, with QK-norm, q_norm and k_norm (K,). tables is () or (cos, sin) of (L, K/2).
+    p holds w (3, H, K, D), b (3, H, K) and, with QK-norm, q_norm and k_norm (K,). tables is () or (cos, sin) (L, K/2).
     """
     w = p["w"]
     heads = torch.nn.functional.linear(h_BLD, w.flatten(0, 2), p["b"].flatten() if "b" in p else None)
@@ -76,7 +76,7 @@ def rotate(x_BLHK: Tensor, cos_Lk: Tensor, sin_Lk: Tensor) -> Tensor:
 
 
 def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v, every query to every token of its sample; plain maths, so that jvp and vmap go through."""
+    """softmax(q k^T / sqrt(K)) v, every query to every token of its sample; plain maths, so jvp and vmap go through."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
     scores = at_least_fp32((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2))
     return (torch.softmax(scores, -1).to(v.dtype) @ v).transpose(1, 2)
@@ -88,7 +88,7 @@ def out(o_BLHK: Tensor, p: dict[str, Tensor]) -> Tensor:
 
 
 def mlp(h_BLD: Tensor, p: dict) -> Tensor:
-    """fc2(gelu(fc1 h)) with tanh-GELU as DiT, or fc2(silu(gate h) * fc1 h) (SwiGLU, Shazeer 2020) where p has a gate."""
+    """fc2(gelu(fc1 h)) with tanh-GELU as DiT; fc2(silu(gate h) * fc1 h) (SwiGLU, Shazeer 2020) where p has a gate."""
     hidden = linear(h_BLD, p["fc1"])
     if "gate" in p:
         hidden = torch.nn.functional.silu(linear(h_BLD, p["gate"])) * hidden

@@ -21,7 +21,7 @@ Draw = Callable[[random.Key, int, int], Tensor]  # (key, first flat index, how m
 
 @dataclass(frozen=True)
 class Param:
-    """One leaf: its logical shape, one letter a dim, and ``init(key, start, size)``, which draws any flat range of it."""
+    """One leaf: its logical shape, a letter a dim, and ``init(key, start, size)``, which draws any flat range of it."""
 
     shape: tuple[int, ...]
     dims: str
@@ -58,7 +58,7 @@ def xavier(fan_in: int, fan_out: int) -> Draw:
 
 
 def init(declared: tree.Tree, key: random.Key, device=None, dtype=torch.float32) -> tree.Tree:
-    """Draws every leaf from (key, path): a leaf's values depend on nothing but the key, its path and its declaration."""
+    """Draws every leaf from (key, path): nothing but the key, its path and its declaration plays a part."""
     return tree.map_with_path(lambda path, p: draw(p, path, key).to(device=device, dtype=dtype), declared)
 
 

@@ -67,8 +67,8 @@ def check(run: Run, shape: dit.Shape | None = None) -> None:
     dit.check(run.model, shape)
     if shape.num_classes and not run.model.label_dropout and run.sampling.guidance.scale != 1:
         raise ValueError(
-            f"sampling.guidance.scale is {run.sampling.guidance.scale} but model.label_dropout 0.0 trains no null label: "
-            "use --model.label-dropout 0.1 or --sampling.guidance.scale 1"
+            f"sampling.guidance.scale is {run.sampling.guidance.scale} but model.label_dropout 0.0 trains no null "
+            "label: use --model.label-dropout 0.1 or --sampling.guidance.scale 1"
         )
 
 
@@ -154,6 +154,8 @@ def make(run: Run, dataset: data.Dataset) -> Plan:
 def compose(run: Run, shape: dit.Shape) -> Plan:
     """Composes the plan of a run for data of a known shape; checks first."""
     check(run, shape)
+    if run.threads:
+        torch.set_num_threads(run.threads)
     device, notes = pick_device(run.device), []
     objective = diffusion.build(run.diffusion)
     if run.kernels == "auto":
@@ -205,7 +207,8 @@ def describe(plan: Plan) -> str:
     cfg, shape = plan.run.model, plan.shape
     lines = [
         f"model: DiT width {cfg.width}, depth {cfg.depth}, heads {cfg.heads}, patch {cfg.patch}: "
-        f"{total / 1e6:.2f} M parameters ({trainable / 1e6:.2f} M trained), {dit.macs(cfg, shape) / 1e9:.3f} GMAC a sample",
+        f"{total / 1e6:.2f} M parameters ({trainable / 1e6:.2f} M trained), "
+        f"{dit.macs(cfg, shape) / 1e9:.3f} GMAC a sample",
         f"data: {plan.run.data.source}, {shape.channels}x{shape.size}x{shape.size}, "
         + (f"{shape.num_classes} classes" if shape.num_classes else "unconditional"),
         f"run: {plan.run.diffusion.objective}, {plan.run.steps} steps of {plan.run.global_batch}, {plan.run.precision} "

@@ -1,8 +1,8 @@
 """Counter-based random numbers: every draw is a function of a key, a draw id and an element's index.
 
-The generator is Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). A key is 64 bits;
-the 128-bit counter is (block of four words, 0, low and high word of the draw id). Nothing here has state, so a draw does
-not depend on batch size, rank count or the order of calls.
+The generator is Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). A key is 64
+bits; the 128-bit counter is (block of four words, 0, low and high word of the draw id). Nothing here has state, so a
+draw does not depend on batch size, rank count or the order of calls.
 
 All arithmetic is on integers, or on float64 with +, -, *, / and sqrt alone (exactly rounded by IEEE 754): bits depend
 neither on how a tensor is sliced nor on the device. ``torch.log`` and friends promise neither (vector body and tail
@@ -83,8 +83,8 @@ def bits(k: Key, shape, ids: Tensor | None = None, *, device=None, start: int = 
     """Draws 32-bit words as int64.
 
     Args:
-        shape: of one draw; without ``ids`` the result has this shape, with ``ids`` (B,) int64 it is (B, *shape) and row b
-            depends on ids[b] alone.
+        shape: of one draw; without ``ids`` the result has this shape, with ``ids`` (B,) int64 it is (B, *shape) and
+            row b depends on ids[b] alone.
         start: index of the first element within the draw, so that a part of a long draw can be had without the rest.
     """
     size = math.prod(shape)
@@ -108,7 +108,7 @@ def uniform(k: Key, shape=(), ids: Tensor | None = None, *, device=None, start: 
 
 
 def normal(k: Key, shape=(), ids: Tensor | None = None, *, device=None, start: int = 0) -> Tensor:
-    """Draws fp32 standard normals by Box-Muller, computed in fp64 and rounded; at most 6.76 in size. Arguments as ``bits``."""
+    """Draws fp32 standard normals (Box-Muller, computed in fp64); at most 6.76 in size. Arguments as ``bits``."""
     size = math.prod(shape)
     begin, end = start - start % 2, start + size + (start + size) % 2
     words = bits(k, (end - begin,), ids, device=device, start=begin)
@@ -155,8 +155,8 @@ def permutation(k: Key, num: int, index: Tensor) -> Tensor:
     """Maps index in [0, num) to its place in a keyed permutation of [0, num), each element in O(1).
 
     A four-round Feistel network on the smallest even number of bits that holds ``num``, walked until the value falls
-    inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). index is int64 of any shape; the words of the
-    key may be tensors of that shape, a key an element.
+    inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). index is int64 of any shape; the words of
+    the key may be tensors of that shape, a key an element.
     """
     assert num > 0
     half = max(1, -(-(num - 1).bit_length() // 2))

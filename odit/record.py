@@ -129,8 +129,11 @@ def _git(*args: str) -> str | None:
 
 
 def picture_grid(images_NCHW: Tensor, columns: int, gap: int = 2, least: int = 32) -> Tensor:
-    """Lays pictures in [-1, 1] out in rows: (height, width, 3) uint8. Small ones are enlarged to ``least`` pixels a side
-    without smoothing; latents of other than 1 or 3 channels show their first."""
+    """Lays pictures in [-1, 1] out in rows: (height, width, 3) uint8.
+
+    Small ones are enlarged to ``least`` pixels a side without smoothing; latents of other than 1 or 3 channels show
+    their first.
+    """
     N, C, H, W = images_NCHW.shape
     images = images_NCHW if C == 3 else images_NCHW[:, :1].expand(N, 3, H, W)
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

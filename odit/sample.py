@@ -67,6 +67,15 @@ def _sample_batch(plan, params, labels_B, ids_B, key, sampling: Sampling, progre
     )
 
 
+def choose_labels(num: int, num_classes: int, chosen: tuple[int, ...]) -> Tensor:
+    """``num`` labels: the chosen ones in turn, or all of them; raises ValueError for one that is no class."""
+    if not chosen:
+        return spread_labels(num, num_classes)
+    if bad := [y for y in chosen if not 0 <= y < num_classes]:
+        raise ValueError(f"label {bad[0]} is no class of this model: it knows {num_classes}, 0 to {num_classes - 1}")
+    return torch.tensor(chosen).repeat(-(-num // len(chosen)))[:num]
+
+
 def spread_labels(num: int, num_classes: int) -> Tensor:
     """Labels 0, 1, ..., V-1, 0, 1, ... (num,): every class about equally often; all 0 where there are no classes."""
     return torch.arange(num) % max(1, num_classes)

@@ -25,8 +25,10 @@ class LossScale(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a run is at a step boundary. params, opt.m, opt.v and ema are fp32; ``step`` counts attempts, ``opt.count``
-    updates."""
+    """All that a run is at a step boundary; weights, moments and EMA are fp32.
+
+    ``step`` counts attempts, ``opt.count`` updates.
+    """
 
     step: int
     params: tree.Tree
@@ -71,8 +73,8 @@ def draw(plan: Plan, ids_B: Tensor, shape: tuple[int, ...], key: random.Key) -> 
 def digest(ids_B: Tensor, draws: Draws, labels_B: Tensor) -> int:
     """Sums over samples (modulo 2**64) a hash of the very bits that enter the loss: id, time, noise, label.
 
-    A sample's words are weighed with odd multipliers by position and mixed (splitmix64's finaliser), so that any flipped
-    bit changes the sum, and the sum does not depend on the order of samples nor on how they are shared out.
+    A sample's words are weighed with odd multipliers by position and mixed (splitmix64's finaliser), so that any
+    flipped bit changes the sum, and the sum does not depend on the order of samples nor on how they are shared out.
     """
     parts = (ids_B, draws.t_B, draws.noise_BCHW, draws.dropped_B, labels_B)
     words = torch.cat([_words(part).reshape(len(ids_B), -1) for part in parts], 1)
@@ -106,9 +108,9 @@ def labels(plan: Plan, y_B: Tensor, dropped_B: Tensor) -> Tensor:
 
 
 def value_and_grad(fn: Callable[[tree.Tree], tuple[Tensor, Any]], params: tree.Tree) -> tuple[Tensor, Any, tree.Tree]:
-    """(value, aux, gradients) of ``fn(params) -> (value, aux)``; needs no second derivative, so it keeps no graph for one.
+    """(value, aux, gradients) of ``fn(params) -> (value, aux)``, by torch.autograd.grad.
 
-    torch.func.grad keeps that graph even when it is not asked for: 53 % more memory for the same step.
+    torch.func.grad keeps a graph for a second derivative even when none is asked for: 53 % more memory a step.
     """
     leaves = [p.detach().requires_grad_() for p in tree.leaves(params)]
     value, aux = fn(tree.unflatten(params, leaves))
@@ -174,7 +176,7 @@ def micro_batches(batch: Batch, size: int) -> list[Batch]:
 
 
 def next_scale(state: LossScale, finite: bool) -> LossScale:
-    """Dynamic loss scaling (Micikevicius et al. 2018): halve after a non-finite step, double after 2,000 finite ones."""
+    """Dynamic loss scaling (Micikevicius et al. 2018): halves after a non-finite step, doubles after 2,000 finite."""
     if not finite:
         return LossScale(max(1.0, state.scale / 2), 0)
     if state.streak + 1 < GROW_AFTER:

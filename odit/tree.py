@@ -1,6 +1,7 @@
 """Pytrees: nested dicts and lists whose leaves are anything else (tensors, parameter declarations, None).
 
-Dict keys are visited in insertion order, list items by index. A leaf's path, such as ``blocks.3.qkv.w``, is its one name.
+Dict keys are visited in insertion order, list items by index. A leaf's path, such as ``blocks.3.qkv.w``, is its one
+name.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def unflatten(tree: Tree, new_leaves: list) -> Tree:
 
 
 def from_items(tree: Tree, named: dict[str, Any]) -> Tree:
-    """Puts values found by path into the structure of ``tree``; raises KeyError that names what is missing or unknown."""
+    """Puts values found by path into the structure of ``tree``; raises KeyError naming what is missing or unknown."""
     wanted = paths(tree)
     if missing := [path for path in wanted if path not in named]:
         raise KeyError(f"{len(missing)} of {len(wanted)} leaves are missing, the first is {missing[0]!r}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from odit import random, train, tree
-from odit.data import Dataset
+from odit.data import BadSample, Dataset
 from odit.plan import Plan
 
 KEY = random.fold_in(random.key(0), "validation")  # not the run's seed: runs that differ in seed are measured alike
@@ -37,14 +37,26 @@ def _chunks(plan: Plan, dataset: Dataset) -> tuple[Tensor, ...]:
 
 
 def _part(plan: Plan, params: tree.Tree, dataset: Dataset, ids: Tensor, repeat: int) -> tuple[Tensor, ...]:
-    x, y = (field.to(plan.device) for field in dataset.read(ids))
-    draws = train.draw(plan, (ids + (repeat << 32)).to(plan.device), tuple(x.shape[1:]), KEY)
+    ids, x, y = (field.to(plan.device) for field in _read_good(dataset, ids))
+    draws = train.draw(plan, ids + (repeat << 32), tuple(x.shape[1:]), KEY)
     bins = plan.objective.bins(draws.t_B, BINS)
     with torch.no_grad():
         loss_B = train.losses(plan, params, x, y, draws)
     if not plan.run.grad_norms:
         return bins, loss_B
     return bins, loss_B, sample_grad_norms(plan, params, x, y, draws)
+
+
+def _read_good(dataset: Dataset, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, x, y) of the samples that can be read; a bad held-out picture is left out, always the same one."""
+    try:
+        return ids, *dataset.read(ids)
+    except BadSample:
+        if len(ids) == 1:
+            return ids[:0], torch.zeros(0, *dataset.shape), ids[:0]
+    parts = [_read_good(dataset, one) for one in ids.split(1)]
+    good, x, y = (torch.cat(column) for column in zip(*parts))
+    return good, x, y
 
 
 def sample_grad_norms(

@@ -154,7 +154,7 @@ def test_ten_bad_steps_in_a_row_end_the_run(tiny, monkeypatch):
             yield batch._replace(x_BCHW=batch.x_BCHW * float("nan"))
 
     monkeypatch.setattr(train_script.loader, "batches", poisoned)
-    with pytest.raises(NumericError, match="10 steps in a row up to 10 were not finite, the last in grad.patch.w"):
+    with pytest.raises(NumericError, match=r"10 steps in a row up to 10 were not finite, the last in grad\.patch\.w"):
         train_script.main(tiny)
 
 

@@ -193,7 +193,7 @@ def test_a_non_finite_batch_changes_nothing_and_is_named(tiny, make_plan, digits
 
 def test_a_short_run_learns(tiny, make_plan, digits):
     run = dataclasses.replace(tiny, optimizer=dataclasses.replace(tiny.optimizer, lr=3e-3, warmup=0), steps=90)
-    state, log = run_steps(make_plan(run), digits, 90)
+    _, log = run_steps(make_plan(run), digits, 90)
     first, last = (sum(m["loss"] for m in part) / 5 for part in (log[:5], log[-5:]))
     assert last < 0.5 * first
 

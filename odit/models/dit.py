@@ -1,7 +1,7 @@
 """The Diffusion Transformer with adaLN-Zero (Peebles and Xie 2023, "Scalable Diffusion Models with Transformers").
 
-Defaults are exactly the paper's model and facebookresearch/DiT. Letters: B samples, C channels, L tokens, D width, H heads,
-K head size, F ffn width, V classes, P values a patch.
+Defaults are exactly the paper's model and facebookresearch/DiT. Letters: B samples, C channels, L tokens, D width,
+H heads, K head size, F ffn width, V classes, P values a patch.
 """
 
 from __future__ import annotations
