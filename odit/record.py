@@ -128,7 +128,7 @@ def _git(*args: str) -> str | None:
     return found.stdout.strip()
 
 
-def picture_grid(images_NCHW: Tensor, columns: int, gap: int = 2, least: int = 32) -> Tensor:
+def picture_grid(images_NCHW: Tensor, columns: int, gap: int = 2, least: int = 64) -> Tensor:
     """Lays pictures in [-1, 1] out in rows: (height, width, 3) uint8.
 
     Small ones are enlarged to ``least`` pixels a side without smoothing; latents of other than 1 or 3 channels show

@@ -170,7 +170,7 @@ def test_what_a_run_writes(tiny):
     from PIL import Image
 
     with Image.open(tiny.out / "samples" / "step_00000003.png") as picture:
-        assert picture.size == (10 * 34 + 2, 8 * 34 + 2)
+        assert picture.size == (10 * 66 + 2, 8 * 66 + 2)
 
 
 def test_samples_are_functions_of_seed_and_index(tiny, tmp_path):
