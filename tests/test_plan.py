@@ -35,7 +35,7 @@ WRONG = [
     (dict(validation_draws=0), "validation_draws", "0", "1 or more"),
     (dict(threads=0), "threads", "0", "1 or more"),
     (dict(device="tpu"), "device", "'tpu'", "auto, cpu or cuda"),
-    (dict(model__heads=5), "model.heads", "5 does not divide model.width 128", "use one of .*4, 8"),
+    (dict(model__heads=5), "model.heads", "5 does not divide model.width 96", "use one of .*4, 8"),
     (dict(model__patch=3), "model.patch", "3 does not divide the picture size 8", r"use one of \[1, 2, 4, 8\]"),
     (dict(model__label_dropout=1.0), "model.label_dropout", "1.0", r"in \[0, 1\)"),
     (
@@ -45,7 +45,7 @@ WRONG = [
         "sincos",
     ),
     (dict(model__depth=0), "model.depth", "0", "1 or more"),
-    (dict(model__label_dropout=0.0), "sampling.guidance.scale", "2.0", "--model.label-dropout 0.1"),
+    (dict(model__label_dropout=0.0), "sampling.guidance.scale", "1.5", "--model.label-dropout 0.1"),
     (dict(optimizer__lr=float("nan")), "optimizer.lr", "nan", "finite"),
     (dict(optimizer__ema_decay=1.0), "optimizer.ema_decay", "1.0", r"in \[0, 1\)"),
     (dict(optimizer__beta2=-0.1), "optimizer.beta2", "-0.1", r"in \[0, 1\)"),
