@@ -10,7 +10,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from odit import checkpoint, config, data, evaluate, health, plan, record
+from odit import checkpoint, config, data, evaluate, health, plan, record, sample
 from odit.health import CheckpointError
 
 
@@ -49,16 +49,16 @@ def main(args: Evaluate) -> None:
         raise ValueError(
             f"checkpoint {args.checkpoint} was trained on data.source {run.data.source}: only digits have a judge"
         )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work
     dataset = data.open_dataset(run.data)
+    if not len(dataset.held_out_ids):
+        raise ValueError(f"checkpoint {args.checkpoint} held no digits out, so nothing tells how good a judge is")
     composed = plan.make(dataclasses.replace(run, device=args.device), dataset)
-    scale = run.sampling.guidance.scale if args.guidance is None else args.guidance
-    sampling = dataclasses.replace(
-        run.sampling,
-        solver=args.solver or run.sampling.solver,
-        steps=args.steps or run.sampling.steps,
-        guidance=dataclasses.replace(run.sampling.guidance, scale=scale),
+    sampling = sample.override(
+        run.sampling, composed.shape.num_classes, solver=args.solver, steps=args.steps, scale=args.guidance
     )
-    plan.check_sampling(sampling, run.model, composed.objective)
+    plan.check_sampling(sampling, run.model, composed.shape, composed.objective)
     params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
     found = evaluate.evaluate(
         composed, params, dataset, num=args.num, seed=args.seed, sampling=sampling,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,13 +57,23 @@ class Sample:
 
 def main(args: Sample) -> None:
     """Loads, draws, writes."""
-    for name in ("num", "batch"):
-        if getattr(args, name) < 1:
+    for name in ("num", "batch", "columns"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}: use 1 or more")
     composed = open_plan(args)
-    sampling = override(args, composed.run.sampling)
-    plan.check_sampling(sampling, composed.run.model, composed.objective)
+    sampling = sample.override(
+        composed.run.sampling,
+        composed.shape.num_classes,
+        solver=args.solver,
+        steps=args.steps,
+        scale=args.guidance,
+        interval=args.interval,
+        channels=args.channels,
+    )
+    plan.check_sampling(sampling, composed.run.model, composed.shape, composed.objective)
     labels = sample.choose_labels(args.num, composed.shape.num_classes, args.label)
+    for path in filter(None, (args.out, args.tensors)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work
     params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
     pictures = sample.sample(
         composed,
@@ -87,14 +98,6 @@ def open_plan(args: Sample) -> plan.Plan:
     return plan.compose(run, dit.Shape(**about["shape"]))
 
 
-def override(args: Sample, told: config.Sampling) -> config.Sampling:
-    """The run's own sampling settings with those of the command line."""
-    given = {"scale": args.guidance, "interval": args.interval, "channels": args.channels}
-    guidance = dataclasses.replace(told.guidance, **{k: v for k, v in given.items() if v is not None})
-    given = {"solver": args.solver, "steps": args.steps}
-    return dataclasses.replace(told, guidance=guidance, **{k: v for k, v in given.items() if v is not None})
-
-
 def write(args: Sample, composed: plan.Plan, sampling: config.Sampling, labels, pictures) -> None:
     """Writes the grid with its recipe, and the tensors where asked."""
     recipe = {
@@ -103,8 +106,9 @@ def write(args: Sample, composed: plan.Plan, sampling: config.Sampling, labels, 
         "labels": labels.tolist(),
         "versions": record.about(),
     }
-    columns = args.columns or (10 if composed.shape.num_classes == 10 and not args.label else round(args.num**0.5)) or 1
-    grid = record.picture_grid(pictures, min(columns, args.num))
+    classes = composed.shape.num_classes
+    square = classes if classes == 10 and not args.label else math.ceil(args.num**0.5)
+    grid = record.picture_grid(pictures, min(args.columns or square, args.num))
     record.save_png(args.out, grid, {"odit": json.dumps(recipe)})
     if args.tensors:
         from safetensors.torch import save_file

@@ -27,7 +27,7 @@ def main(run: config.Run) -> None:
         key = random.key(run.seed)
         state = restore(composed, dataset) or fresh(composed, key)
         stop = run.stop_at or run.steps
-        if state.step >= stop:
+        if state.step >= stop and (state.step < run.steps or finished(run)):
             print(f"already at step {state.step} of {stop}: nothing to do")
             return
         with record.Recorder(run, state.step) as recorder:
@@ -51,12 +51,22 @@ def restore(composed: plan.Plan, dataset: data.Dataset) -> train.TrainState | No
     if path is None:
         print(f"resume latest: no checkpoint in {run.out}, starting at step 0", flush=True)
         return None
+    if checkpoint.steps(run.out) and path.resolve().parent != (run.out / "checkpoints").resolve():
+        raise ValueError(f"resume {path} would go on in {run.out}, which holds another run: use another --out")
     told = checkpoint.read_about(path)
-    mine = {"data": identity(dataset), "seed": run.seed, "global_batch": run.global_batch}
-    for name, value in mine.items():
-        if told[name] != value:
-            raise CheckpointError(f"{path} was written with {name} {told[name]}, this run has {value}: use that one")
+    if told["data"] != identity(dataset):
+        raise CheckpointError(
+            f"{path} was written with data {told['data']}, this run has {identity(dataset)}: use that"
+        )
+    if found := config.first_difference(told["config"], config.to_json(run)):
+        name, theirs, mine = found
+        if name != "steps" or run.optimizer.decay != "none":
+            raise CheckpointError(
+                f"{path} was written with {name} {theirs}, this run has {mine}, and that changes what it means: "
+                "use that value, or start a new run from its weights with --init-from"
+            )
     state, _ = checkpoint.load(path, composed)
+    checkpoint.set_aside(run.out, state.step)
     print(f"resumed from {path} at step {state.step}", flush=True)
     return state
 
@@ -82,7 +92,7 @@ def loop(composed, dataset, state, key, recorder, stop) -> train.TrainState:
         workers=run.data.workers,
         flip=run.data.flip,
         bad_budget=run.data.bad_budget,
-        on_bad=lambda path, reason: tqdm.write(f"skipped {path}: {reason}"),
+        on_bad=on_bad,
     )
     bar = tqdm(total=stop, initial=state.step, unit="step", disable=not run.progress, mininterval=0.5)
     mark, mark_step, bad_streak = time.monotonic(), state.step, 0
@@ -102,18 +112,25 @@ def loop(composed, dataset, state, key, recorder, stop) -> train.TrainState:
                 mark, mark_step = time.monotonic(), state.step
                 recorder.log(state.step, {**metrics, "samples_per_s": round(speed, 1)})
                 bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:.0f} samples/s")
+            paused = time.monotonic()
             periodic(composed, dataset, state, recorder, stop)
+            mark += time.monotonic() - paused
     finally:
         batches.close()
         bar.close()
     return state
 
 
+def on_bad(path: str, reason: str) -> None:
+    """Names a picture that was left out."""
+    tqdm.write(f"skipped {path}: {reason}")
+
+
 def periodic(composed, dataset, state, recorder, stop) -> None:
     """Validation, pictures and checkpoints, when they are due."""
     run, last = composed.run, state.step == stop
     if (state.step % run.validate_every == 0 or last) and len(dataset.held_out_ids):
-        found = validate.validate(composed, state.ema, dataset)
+        found = validate.validate(composed, state.ema, dataset, on_bad)
         recorder.log(state.step, found, prefix="validation_")
         tqdm.write(f"step {state.step}: validation loss {found['loss']:.5f} (EMA weights)")
     if state.step % run.sample_every == 0 or last:
@@ -123,7 +140,7 @@ def periodic(composed, dataset, state, recorder, stop) -> None:
 
 
 def grid(composed: plan.Plan, state: train.TrainState):
-    """Pictures from the EMA weights, always of the same noise: a column a class, or 16 of any."""
+    """Pictures from the EMA weights, always of the same noise: 8 rows of a column a class, or of 4 columns."""
     labels = sample.spread_labels(8 * columns(composed), min(composed.shape.num_classes, columns(composed)))
     return sample.sample(composed, state.ema, labels, random.key(composed.run.seed), batch=32)
 
@@ -152,6 +169,12 @@ def about(composed, dataset, state) -> dict:
 def identity(dataset: data.Dataset) -> str:
     """What a run may not change on resume: the samples, and which of them it trains on."""
     return f"{dataset.fingerprint()}, {len(dataset.train_ids)} to train on"
+
+
+def finished(run: config.Run) -> bool:
+    """Whether the end of a run has left all it should."""
+    judged = not run.evaluate or run.data.source != "digits" or (run.out / "evaluation.json").exists()
+    return judged and (run.out / "ema.safetensors").exists()
 
 
 def finish(composed, dataset, state, recorder) -> None:

@@ -50,15 +50,23 @@ def save(out: Path, state: TrainState, about: dict[str, Any], keep: int) -> Path
         "tensors": {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in tensors.items()},
         "files": {STATE: {"size": (temporary / STATE).stat().st_size, "blake2b": _hash(temporary / STATE)}},
     }
-    record.write_json(temporary / MANIFEST, manifest)
+    record.write_json(temporary / MANIFEST, {**manifest, "blake2b": _hash_json(manifest)})
     _sync(temporary / MANIFEST)
-    if final.exists():
-        shutil.rmtree(final)
+    _delete(final)
     os.rename(temporary, final)
     _sync(root)
-    for step in steps(out)[:-keep]:
+    for step in [s for s in steps(out) if s <= state.step][:-keep]:
         _delete(root / f"step_{step:08d}")
     return final
+
+
+def set_aside(out: Path, step: int) -> None:
+    """Renames the checkpoints after ``step`` to ``abandoned_*``: a run that goes on from ``step`` has another future."""
+    for later in [s for s in steps(out) if s > step]:
+        path = out / "checkpoints" / f"step_{later:08d}"
+        aside = path.with_name(f"abandoned_{path.name}")
+        _delete(aside)
+        os.rename(path, aside)
 
 
 def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
@@ -118,6 +126,10 @@ def _manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
         raise CheckpointError(f"{path / MANIFEST} has format {found!r}, this version reads {FORMAT}")
+    if manifest.pop("blake2b", None) != _hash_json(manifest):
+        raise CheckpointError(
+            f"{path / MANIFEST} was changed after it was written: its hash is not that of its content"
+        )
     return manifest
 
 
@@ -136,7 +148,9 @@ def load_weights(path: Path, plan: Plan, which: str = "ema") -> tree.Tree:
     if path.is_dir():
         verify(path)
         return _read(path / STATE, which, plan)
-    return _read(path, _metadata(path).get("weights", ""), plan)
+    if (held := _metadata(path).get("weights")) != which:
+        raise CheckpointError(f"{path} holds {held} weights, not {which}: ask for {held}, or give a checkpoint folder")
+    return _read(path, which, plan)
 
 
 def save_weights(path: Path, params: tree.Tree, about: dict[str, Any], which: str = "ema") -> None:
@@ -155,7 +169,10 @@ def read_about(path: Path) -> dict[str, Any]:
     metadata = _metadata(path)
     if "odit" not in metadata:
         raise CheckpointError(f"{path} does not say which model it holds: use a file or checkpoint that odit wrote")
-    return json.loads(metadata["odit"])
+    try:
+        return json.loads(metadata["odit"])
+    except ValueError as error:
+        raise CheckpointError(f"{path} has metadata that cannot be read: {error}") from None
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -179,6 +196,8 @@ def _read(path: Path, role: str, plan: Plan) -> tree.Tree:
                 f"{key} in {path} has shape {tuple(tensor.shape)}, this model wants {declared.shape}: "
                 "use the model settings of the run that wrote it"
             )
+        if tensor.dtype != torch.float32:
+            raise CheckpointError(f"{key} in {path} is {tensor.dtype}, state is float32: convert the file first")
         return tensor.to(plan.device, copy=True)  # safe_open maps the file, which may change under us
 
     try:
@@ -205,6 +224,10 @@ def _hash_310(file) -> str:
     return digest.hexdigest()
 
 
+def _hash_json(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode()).hexdigest()
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -216,5 +239,7 @@ def _sync(path: Path) -> None:
 def _delete(path: Path) -> None:
     """Renames first, so that a half-deleted folder never looks like a checkpoint."""
     doomed = path.with_name(f".{path.name}.old")
-    os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+    if path.exists():
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

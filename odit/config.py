@@ -186,6 +186,28 @@ def presets() -> dict[str, tuple[str, Run]]:
     }
 
 
+# Settings that a resumed run may change: none of them changes what the run means.
+FREE = {
+    *("out", "stop_at", "micro_batch", "resume", "init_from", "replay", "log_every", "checkpoint_every", "keep"),
+    *("sample_every", "validate_every", "validation_draws", "grad_norms", "evaluate", "progress", "kernels", "compile"),
+    *("device", "threads", "sampling", "parallel", "data.workers", "data.path"),
+}
+
+
+def first_difference(a: Any, b: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """(dotted key, value in a, value in b) of the first setting that two runs' JSON differ in and that is not free."""
+    for name in {**a, **b}:
+        path, x, y = _join(key, name), a.get(name), b.get(name)
+        if path in FREE or x == y:
+            continue
+        if isinstance(x, dict) and isinstance(y, dict):
+            if found := first_difference(x, y, path):
+                return found
+        else:
+            return path, x, y
+    return None
+
+
 def to_json(value: Any) -> Any:
     """Turns a config into what json can write."""
     if dataclasses.is_dataclass(value):

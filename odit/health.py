@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -47,7 +48,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _leave(error: Exception, code: int) -> None:
-    if "ODIT_TRACEBACK" in __import__("os").environ:
+    if "ODIT_TRACEBACK" in os.environ:
         raise error
     print(f"error: {error}", file=sys.stderr)
     sys.exit(code)

@@ -62,13 +62,13 @@ def check(run: Run, shape: dit.Shape | None = None) -> None:
     diffusion.check(run.diffusion)
     optim.check(run.optimizer)
     objective = diffusion.build(run.diffusion)
-    check_sampling(run.sampling, run.model, objective)
     shape = shape or _expected_shape(run)
     dit.check(run.model, shape)
-    if shape.num_classes and not run.model.label_dropout and run.sampling.guidance.scale != 1:
+    check_sampling(run.sampling, run.model, shape, objective)
+    if run.evaluate and run.data.source == "digits" and run.data.held_out * 1797 < 1:
         raise ValueError(
-            f"sampling.guidance.scale is {run.sampling.guidance.scale} but model.label_dropout 0.0 trains no null "
-            "label: use --model.label-dropout 0.1 or --sampling.guidance.scale 1"
+            f"data.held_out is {run.data.held_out} but evaluate needs held-out digits for its judge: "
+            "use --data.held-out 0.1666 or --no-evaluate"
         )
 
 
@@ -118,16 +118,24 @@ def _check_served(run: Run) -> None:
             raise ValueError(f"{key} is {found}, which this version does not serve yet: use {fits}")
 
 
-def check_sampling(sampling: Sampling, model: dit.Config, objective: Any) -> None:
-    """Refuses solver settings that do not fit the objective."""
+def check_sampling(sampling: Sampling, model: dit.Config, shape: dit.Shape, objective: Any) -> None:
+    """Refuses solver settings that do not fit the objective or the model."""
     solvers.check_solver(objective, solver_of(sampling, objective), sampling.steps)
     g = sampling.guidance
     if not 0 <= g.scale < float("inf"):
         raise ValueError(f"sampling.guidance.scale is {g.scale}: use a number >= 0; 1 is no guidance")
     if not 0 <= g.interval[0] < g.interval[1] <= 1:
         raise ValueError(f"sampling.guidance.interval is {g.interval}: use two rising numbers in [0, 1]")
-    if g.channels is not None and g.channels < 1:
-        raise ValueError(f"sampling.guidance.channels is {g.channels}: use 1 or more, or leave it out for all")
+    if g.channels is not None and not 1 <= g.channels <= shape.channels:
+        raise ValueError(
+            f"sampling.guidance.channels is {g.channels} but pictures have {shape.channels}: use 1 to {shape.channels}, "
+            "or leave it out for all"
+        )
+    if shape.num_classes and not model.label_dropout and g.scale != 1:
+        raise ValueError(
+            f"sampling.guidance.scale is {g.scale} but model.label_dropout 0.0 trains no null label: "
+            "use --model.label-dropout 0.1 or a scale of 1"
+        )
     if sampling.clip is not None and isinstance(objective, Flow):
         raise ValueError(f"sampling.clip is {sampling.clip}, which a flow's solvers do not have: leave it out")
     if sampling.clip is not None and not sampling.clip > 0:
@@ -158,6 +166,8 @@ def compose(run: Run, shape: dit.Shape) -> Plan:
         torch.set_num_threads(run.threads)
     device, notes = pick_device(run.device), []
     objective = diffusion.build(run.diffusion)
+    if not shape.num_classes:
+        notes.append("guidance: none (the data has no classes)")
     if run.kernels == "auto":
         notes.append("kernels: reference (this version has no fused kernels yet)")
     return Plan(

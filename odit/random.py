@@ -52,11 +52,6 @@ def fold_in(k: Key, *data: int | str) -> Key:
     return k
 
 
-def split(k: Key, num: int) -> list[Key]:
-    """Derives ``num`` keys."""
-    return [fold_in(k, i) for i in range(num)]
-
-
 def philox(counter, k):
     """Philox4x32-10 on four counter words and two key words, Python ints or int64 tensors of words alike."""
     c0, c1, c2, c3 = counter

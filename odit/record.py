@@ -37,7 +37,9 @@ class Recorder:
     def log(self, step: int, values: dict[str, Any], prefix: str = "") -> None:
         """Appends one line {"step": step, ...}; floats keep full precision, numbers also go to TensorBoard."""
         named = {f"{prefix}{name}": value for name, value in values.items()}
-        self.metrics.write(json.dumps({"step": step, **named}) + "\n")
+        # JSON has no NaN: what is not finite is written as null
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in named.items()}
+        self.metrics.write(json.dumps({"step": step, **finite}) + "\n")
         self.metrics.flush()
         for name, value in named.items():
             if isinstance(value, (int, float)) and math.isfinite(value):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,9 +73,20 @@ def choose_labels(num: int, num_classes: int, chosen: tuple[int, ...]) -> Tensor
     """``num`` labels: the chosen ones in turn, or all of them; raises ValueError for one that is no class."""
     if not chosen:
         return spread_labels(num, num_classes)
+    if not num_classes:
+        raise ValueError(f"label {chosen[0]} is given but this model knows no classes: leave label out")
     if bad := [y for y in chosen if not 0 <= y < num_classes]:
         raise ValueError(f"label {bad[0]} is no class of this model: it knows {num_classes}, 0 to {num_classes - 1}")
     return torch.tensor(chosen).repeat(-(-num // len(chosen)))[:num]
+
+
+def override(told: Sampling, num_classes: int, **given: Any) -> Sampling:
+    """A run's own sampling settings with those of a command line: solver, steps, clip, scale, interval, channels; None keeps."""
+    given = {name: value for name, value in given.items() if value is not None}
+    if "scale" in given and given["scale"] != 1 and not num_classes:
+        raise ValueError(f"guidance is {given['scale']} but this model knows no classes: leave guidance out")
+    guided = {name: given.pop(name) for name in ("scale", "interval", "channels") if name in given}
+    return dataclasses.replace(told, guidance=dataclasses.replace(told.guidance, **guided), **given)
 
 
 def spread_labels(num: int, num_classes: int) -> Tensor:

@@ -141,7 +141,7 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch, random.Key], tuple[Tra
             optim.ema_(state.ema, state.params, optim.ema_rate(cfg, int(opt.count) - 1))
         else:
             opt = state.opt
-            metrics["bad"] = health.first_bad({"grad": grads}) or "loss"
+            metrics["bad"] = health.first_bad({"grad": grads}) or ("grad_norm" if math.isfinite(loss) else "loss")
         scale = next_scale(state.loss_scale, finite) if plan.dtype == torch.float16 else state.loss_scale
         return TrainState(state.step + 1, state.params, opt, state.ema, scale), metrics
 

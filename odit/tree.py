@@ -59,16 +59,6 @@ def unflatten(tree: Tree, new_leaves: list) -> Tree:
     return result
 
 
-def from_items(tree: Tree, named: dict[str, Any]) -> Tree:
-    """Puts values found by path into the structure of ``tree``; raises KeyError naming what is missing or unknown."""
-    wanted = paths(tree)
-    if missing := [path for path in wanted if path not in named]:
-        raise KeyError(f"{len(missing)} of {len(wanted)} leaves are missing, the first is {missing[0]!r}")
-    if unknown := sorted(set(named) - set(wanted)):
-        raise KeyError(f"{len(unknown)} names are not in the tree, the first is {unknown[0]!r}")
-    return map_with_path(lambda path, _: named[path], tree)
-
-
 def _children(tree: Tree) -> list[tuple[Any, Tree]] | None:
     if isinstance(tree, dict):
         return list(tree.items())

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from odit import random, train, tree
-from odit.data import BadSample, Dataset
+from odit.data import BadSample, DataError, Dataset
 from odit.plan import Plan
 
 KEY = random.fold_in(random.key(0), "validation")  # not the run's seed: runs that differ in seed are measured alike
 BINS = 10
 
 
-def validate(plan: Plan, params: tree.Tree, dataset: Dataset) -> dict[str, float]:
+def validate(
+    plan: Plan, params: tree.Tree, dataset: Dataset, on_bad: Callable[[str, str], None] | None = None
+) -> dict[str, float]:
     """Mean loss on the held-out data, and by bin of t: {"loss": ..., "loss_t0": ..., ..., "loss_t9": ...}.
 
     Every held-out sample is seen ``validation_draws`` times; bin 0 is the lowest tenth of t. With ``grad_norms`` the
-    mean norm of a sample's gradient in each bin is added as ``grad_norm_t*``. A bin no draw fell into is left out.
+    mean norm of a sample's gradient in each bin is added as ``grad_norm_t*``. A bin no draw fell into is left out, and so
+    are pictures that cannot be read: ``on_bad(path, reason)`` is told of each, and DataError raised where none is left.
     """
     params = plan.materialize(params)
-    found = [
-        _part(plan, params, dataset, ids, i) for i in range(plan.run.validation_draws) for ids in _chunks(plan, dataset)
-    ]
+    ids = _readable(dataset, plan.micro_batch, on_bad or (lambda path, reason: None))
+    repeats = range(plan.run.validation_draws)
+    found = [_part(plan, params, dataset, part, i) for i in repeats for part in ids.split(plan.micro_batch)]
     bins, *values = (torch.cat(column).double() for column in zip(*found))
     result = {"loss": float(values[0].mean())}
     for name, value in zip(("loss", "grad_norm"), values):
@@ -32,31 +37,38 @@ def validate(plan: Plan, params: tree.Tree, dataset: Dataset) -> dict[str, float
     return result
 
 
-def _chunks(plan: Plan, dataset: Dataset) -> tuple[Tensor, ...]:
-    return dataset.held_out_ids.split(plan.micro_batch)
+def _readable(dataset: Dataset, chunk: int, on_bad: Callable[[str, str], None]) -> Tensor:
+    """The held-out ids whose pictures can be read."""
+    good = []
+    for ids in dataset.held_out_ids.split(chunk):
+        try:
+            dataset.read(ids)
+            good.append(ids)
+        except BadSample:
+            good += [one for one in ids.split(1) if _can_read(dataset, one, on_bad)]
+    if not good:
+        raise DataError(f"none of the {len(dataset.held_out_ids)} held-out samples can be read")
+    return torch.cat(good)
+
+
+def _can_read(dataset: Dataset, one: Tensor, on_bad: Callable[[str, str], None]) -> bool:
+    try:
+        dataset.read(one)
+    except BadSample as error:
+        on_bad(error.path, error.reason)
+        return False
+    return True
 
 
 def _part(plan: Plan, params: tree.Tree, dataset: Dataset, ids: Tensor, repeat: int) -> tuple[Tensor, ...]:
-    ids, x, y = (field.to(plan.device) for field in _read_good(dataset, ids))
-    draws = train.draw(plan, ids + (repeat << 32), tuple(x.shape[1:]), KEY)
+    x, y = (field.to(plan.device) for field in dataset.read(ids))
+    draws = train.draw(plan, (ids + (repeat << 32)).to(plan.device), tuple(x.shape[1:]), KEY)
     bins = plan.objective.bins(draws.t_B, BINS)
     with torch.no_grad():
         loss_B = train.losses(plan, params, x, y, draws)
     if not plan.run.grad_norms:
         return bins, loss_B
     return bins, loss_B, sample_grad_norms(plan, params, x, y, draws)
-
-
-def _read_good(dataset: Dataset, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, x, y) of the samples that can be read; a bad held-out picture is left out, always the same one."""
-    try:
-        return ids, *dataset.read(ids)
-    except BadSample:
-        if len(ids) == 1:
-            return ids[:0], torch.zeros(0, *dataset.shape), ids[:0]
-    parts = [_read_good(dataset, one) for one in ids.split(1)]
-    good, x, y = (torch.cat(column) for column in zip(*parts))
-    return good, x, y
 
 
 def sample_grad_norms(

@@ -54,7 +54,14 @@ def damage_format(path):
     (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
 
 
+def damage_step(path):
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "updates": 99}))
+
+
 DAMAGE = {
+    "step": (damage_step, "manifest.json was changed after it was written"),
+    "no files": (lambda p: (p / "manifest.json").write_text('{"format": 1}'), "was changed after it was written"),
     "bit": (damage_bit, "state.safetensors was changed after it was written"),
     "short": (lambda p: open(p / "state.safetensors", "r+b").truncate(1000), "has 1000 bytes, the manifest says"),
     "missing": (lambda p: (p / "state.safetensors").unlink(), "state.safetensors is missing"),

@@ -94,10 +94,10 @@ def test_solver_tells_the_level(objective, solver):
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"scale": float("inf")}, "guidance is inf"),
-        ({"scale": 2.0, "interval": (0.5, 0.2)}, "guidance_interval"),
-        ({"scale": 2.0, "interval": (0.0, 1.5)}, "guidance_interval"),
-        ({"scale": 2.0, "channels": 0}, "guidance_channels"),
+        ({"scale": float("inf")}, "sampling.guidance.scale is inf"),
+        ({"scale": 2.0, "interval": (0.5, 0.2)}, "sampling.guidance.interval"),
+        ({"scale": 2.0, "interval": (0.0, 1.5)}, "sampling.guidance.interval"),
+        ({"scale": 2.0, "channels": 0}, "sampling.guidance.channels"),
     ],
 )
 def test_refusals(settings, key):

@@ -71,7 +71,6 @@ def test_moments_and_range():
 def test_keys_derive_unrelated_streams():
     keys = {random.fold_in(KEY, *d) for d in [(0,), (1,), ("a",), ("b",), (0, 1), (1, 0), ("a", 0), ("0",), (2**40,)]}
     assert len(keys) == 9
-    assert len(set(random.split(KEY, 5))) == 5
     with pytest.raises(ValueError, match=r"seed -1 is outside \[0, 2\*\*64\)"):
         random.key(-1)
 

@@ -10,7 +10,6 @@ def test_paths_leaves_and_structure():
     assert tree.leaves(T) == [1, 2, 3]
     assert tree.map(lambda a, b: a + b, T, T) == {"a": 2, "blocks": [{"w": 4}, {"w": 6}], "z": {}}
     assert tree.unflatten(T, [7, 8, 9]) == {"a": 7, "blocks": [{"w": 8}, {"w": 9}], "z": {}}
-    assert tree.from_items(T, {"blocks.1.w": 3, "a": 1, "blocks.0.w": 2}) == T
 
 
 @pytest.mark.parametrize("other", [{"a": 1}, {"a": 1, "blocks": [{"w": 2}], "z": {}}, {"a": [1], "blocks": {}, "z": 1}])
@@ -19,10 +18,6 @@ def test_other_structures_are_refused(other):
         tree.map(lambda a, b: a, T, other)
 
 
-def test_from_items_names_what_is_wrong():
-    with pytest.raises(KeyError, match=r"1 of 3 leaves are missing, the first is 'blocks.1.w'"):
-        tree.from_items(T, {"a": 1, "blocks.0.w": 2})
-    with pytest.raises(KeyError, match="not in the tree, the first is 'b'"):
-        tree.from_items(T, {"a": 1, "blocks.0.w": 2, "blocks.1.w": 3, "b": 1})
+def test_unflatten_wants_every_leaf():
     with pytest.raises(AssertionError):
         tree.unflatten(T, [1, 2, 3, 4])

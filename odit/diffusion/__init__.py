@@ -56,12 +56,12 @@ def check(cfg: Config) -> None:
         if value not in choices and not (value is None and key != "objective"):
             raise ValueError(f"diffusion.{key} is {value!r}: use one of {', '.join(choices)}")
     useless, fit = (ONLY_GAUSSIAN, "eps, x0 or v") if cfg.objective == "flow" else (ONLY_FLOW, "flow")
-    for key in useless:
-        if (value := getattr(cfg, key)) is not None:
-            raise ValueError(
-                f"diffusion.{key} is {value!r}, which diffusion.objective {cfg.objective} does not have: "
-                f"leave it out, or set diffusion.objective to {fit}"
-            )
+    if found := {key: value for key in useless if (value := getattr(cfg, key)) is not None}:
+        what = " and ".join(f"diffusion.{key} is {value!r}" for key, value in found.items())
+        fix = " ".join(f"--diffusion.{key.replace('_', '-')} None" for key in found)
+        raise ValueError(
+            f"{what}, which diffusion.objective {cfg.objective} does not have: use {fix}, or an objective of {fit}"
+        )
     if cfg.train_steps is not None:
         least = 2 if cfg.betas == "cosine" else MIN_LINEAR_STEPS
         if cfg.train_steps < least:

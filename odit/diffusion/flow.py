@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from odit.diffusion.gaussian import at_least_fp32, mean_per_sample, over
+from odit.diffusion.gaussian import mean_per_sample, over
+from odit.ops import at_least_fp32
 
 
 @dataclass(frozen=True)

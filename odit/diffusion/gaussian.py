@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from odit.ops import at_least_fp32
+
 Predicts = Literal["eps", "x0", "v"]
 Variance = Literal["fixed-small", "fixed-large", "learned"]
 
@@ -212,11 +214,6 @@ def discretized_log_likelihood(x: Tensor, distance: Tensor, log_variance: Tensor
 def _approximate_cdf(z: Tensor) -> Tensor:
     """The standard normal's distribution function by tanh (Page 1977)."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Casts to fp32 what is narrower."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def over(values_B: Tensor, x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 
 from odit import tree
 from odit.diffusion.flow import Flow
-from odit.diffusion.gaussian import Gaussian, at_least_fp32
+from odit.diffusion.gaussian import Gaussian
+from odit.ops import at_least_fp32
 
 
 def level(objective: Gaussian | Flow, t):
@@ -34,11 +35,13 @@ def guided(
     """
     low, high = interval
     if not math.isfinite(scale):
-        raise ValueError(f"guidance is {scale}: use a finite number, 1 for no guidance")
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"guidance_interval is ({low}, {high}): use two noise levels with 0 <= low <= high <= 1")
+        raise ValueError(f"sampling.guidance.scale is {scale}: use a finite number, 1 for no guidance")
+    if not 0 <= low < high <= 1:
+        raise ValueError(
+            f"sampling.guidance.interval is ({low}, {high}): use two noise levels with 0 <= low < high <= 1"
+        )
     if channels is not None and channels < 1:
-        raise ValueError(f"guidance_channels is {channels}: use 1 or more, or leave it out for all")
+        raise ValueError(f"sampling.guidance.channels is {channels}: use 1 or more, or leave it out for all")
     both_B = None if scale == 1 else tree.map(lambda c, n: torch.cat([c, n]), cond_B, null_B)
 
     def model_guided(x, t_net_B, level: float):

@@ -15,7 +15,6 @@ from torch import Tensor
 from odit.diffusion.flow import Flow
 from odit.diffusion.gaussian import (
     Gaussian,
-    at_least_fp32,
     eps_from,
     range_log_variance,
     respace,
@@ -23,6 +22,7 @@ from odit.diffusion.gaussian import (
     x0_from,
 )
 from odit.diffusion.guidance import level
+from odit.ops import at_least_fp32
 
 
 @torch.no_grad()

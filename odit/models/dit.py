@@ -7,6 +7,7 @@ H heads, K head size, F ffn width, V classes, P values a patch.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -109,9 +110,9 @@ def check(cfg: Config, shape: Shape) -> None:
         raise ValueError(f"model.patch {cfg.patch} does not divide the picture size {shape.size}: use one of {fits}")
     if not 0 <= cfg.label_dropout < 1:
         raise ValueError(f"model.label_dropout is {cfg.label_dropout}: use a number in [0, 1), such as 0.1")
-    if not cfg.mlp_ratio > 0 or cfg.ffn < 1:
+    if not (math.isfinite(cfg.mlp_ratio) and cfg.mlp_ratio > 0) or cfg.ffn < 1:
         raise ValueError(f"model.mlp_ratio is {cfg.mlp_ratio}: use a positive number, such as 4")
-    if not cfg.mlp_eps > 0:
+    if not (math.isfinite(cfg.mlp_eps) and cfg.mlp_eps > 0):
         raise ValueError(f"model.mlp_eps is {cfg.mlp_eps}: use a positive number, such as 1e-6")
 
 
