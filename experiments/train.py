@@ -56,7 +56,7 @@ def restore(composed: plan.Plan, dataset: data.Dataset) -> train.TrainState | No
     told = checkpoint.read_about(path)
     if told["data"] != identity(dataset):
         raise CheckpointError(
-            f"{path} was written with data {told['data']}, this run has {identity(dataset)}: use that"
+            f"{path} was written with data {told['data']}, this run has {identity(dataset)}: give that data"
         )
     if found := config.first_difference(told["config"], config.to_json(run)):
         name, theirs, mine = found

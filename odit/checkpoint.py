@@ -61,7 +61,7 @@ def save(out: Path, state: TrainState, about: dict[str, Any], keep: int) -> Path
 
 
 def set_aside(out: Path, step: int) -> None:
-    """Renames the checkpoints after ``step`` to ``abandoned_*``: a run that goes on from ``step`` has another future."""
+    """Renames the checkpoints after ``step`` to ``abandoned_*``: a run that goes on from there has another future."""
     for later in [s for s in steps(out) if s > step]:
         path = out / "checkpoints" / f"step_{later:08d}"
         aside = path.with_name(f"abandoned_{path.name}")
@@ -127,9 +127,7 @@ def _manifest(path: Path) -> dict[str, Any]:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
         raise CheckpointError(f"{path / MANIFEST} has format {found!r}, this version reads {FORMAT}")
     if manifest.pop("blake2b", None) != _hash_json(manifest):
-        raise CheckpointError(
-            f"{path / MANIFEST} was changed after it was written: its hash is not that of its content"
-        )
+        raise CheckpointError(f"{path / MANIFEST} was changed after it was written: its hash does not fit it")
     return manifest
 
 

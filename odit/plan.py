@@ -128,8 +128,8 @@ def check_sampling(sampling: Sampling, model: dit.Config, shape: dit.Shape, obje
         raise ValueError(f"sampling.guidance.interval is {g.interval}: use two rising numbers in [0, 1]")
     if g.channels is not None and not 1 <= g.channels <= shape.channels:
         raise ValueError(
-            f"sampling.guidance.channels is {g.channels} but pictures have {shape.channels}: use 1 to {shape.channels}, "
-            "or leave it out for all"
+            f"sampling.guidance.channels is {g.channels} but pictures have {shape.channels}: "
+            f"use 1 to {shape.channels}, or leave it out for all"
         )
     if shape.num_classes and not model.label_dropout and g.scale != 1:
         raise ValueError(

@@ -81,7 +81,7 @@ def choose_labels(num: int, num_classes: int, chosen: tuple[int, ...]) -> Tensor
 
 
 def override(told: Sampling, num_classes: int, **given: Any) -> Sampling:
-    """A run's own sampling settings with those of a command line: solver, steps, clip, scale, interval, channels; None keeps."""
+    """A run's own sampling with a command line's solver, steps, scale, interval and channels; None keeps its own."""
     given = {name: value for name, value in given.items() if value is not None}
     if "scale" in given and given["scale"] != 1 and not num_classes:
         raise ValueError(f"guidance is {given['scale']} but this model knows no classes: leave guidance out")

@@ -21,8 +21,8 @@ def validate(
     """Mean loss on the held-out data, and by bin of t: {"loss": ..., "loss_t0": ..., ..., "loss_t9": ...}.
 
     Every held-out sample is seen ``validation_draws`` times; bin 0 is the lowest tenth of t. With ``grad_norms`` the
-    mean norm of a sample's gradient in each bin is added as ``grad_norm_t*``. A bin no draw fell into is left out, and so
-    are pictures that cannot be read: ``on_bad(path, reason)`` is told of each, and DataError raised where none is left.
+    mean norm of a sample's gradient in each bin is added as ``grad_norm_t*``. A bin no draw fell into is left out, and
+    so are pictures that cannot be read: ``on_bad(path, reason)`` is told of each; DataError is raised where none is left.
     """
     params = plan.materialize(params)
     ids = _readable(dataset, plan.micro_batch, on_bad or (lambda path, reason: None))

@@ -37,9 +37,7 @@ def guided(
     if not math.isfinite(scale):
         raise ValueError(f"sampling.guidance.scale is {scale}: use a finite number, 1 for no guidance")
     if not 0 <= low < high <= 1:
-        raise ValueError(
-            f"sampling.guidance.interval is ({low}, {high}): use two noise levels with 0 <= low < high <= 1"
-        )
+        raise ValueError(f"sampling.guidance.interval is ({low}, {high}): use two rising levels in [0, 1]")
     if channels is not None and channels < 1:
         raise ValueError(f"sampling.guidance.channels is {channels}: use 1 or more, or leave it out for all")
     both_B = None if scale == 1 else tree.map(lambda c, n: torch.cat([c, n]), cond_B, null_B)
