@@ -22,7 +22,7 @@ def validate(
 
     Every held-out sample is seen ``validation_draws`` times; bin 0 is the lowest tenth of t. With ``grad_norms`` the
     mean norm of a sample's gradient in each bin is added as ``grad_norm_t*``. A bin no draw fell into is left out, and
-    so are pictures that cannot be read: ``on_bad(path, reason)`` is told of each; DataError is raised where none is left.
+    so are pictures that cannot be read: ``on_bad(path, reason)`` is told of each; raises DataError where none is left.
     """
     params = plan.materialize(params)
     ids = _readable(dataset, plan.micro_batch, on_bad or (lambda path, reason: None))
