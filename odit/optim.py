@@ -125,10 +125,9 @@ def squared_norm(grads: tree.Tree) -> Tensor:
 
 
 @torch.no_grad()
-def clip_(grads: tree.Tree, norm: float, limit: float) -> None:
+def clip_(grads: tree.Tree, norm: Tensor, limit: float) -> None:
     """Scales gradients in place by min(1, limit / norm), given their global norm."""
-    if norm > limit:
-        torch._foreach_mul_(tree.leaves(grads), limit / norm)
+    torch._foreach_mul_(tree.leaves(grads), torch.clamp(limit / (norm + 1e-6), max=1.0))
 
 
 def ema_rate(cfg: Config, updates: int) -> float:
