@@ -54,7 +54,7 @@ def main(args: Evaluate) -> None:
     dataset = data.open_dataset(run.data)
     if not len(dataset.held_out_ids):
         raise ValueError(f"checkpoint {args.checkpoint} held no digits out, so nothing tells how good a judge is")
-    composed = plan.make(dataclasses.replace(run, device=args.device), dataset)
+    composed = plan.make(dataclasses.replace(plan.alone(run), device=args.device), dataset)
     sampling = sample.override(
         run.sampling, composed.shape.num_classes, solver=args.solver, steps=args.steps, scale=args.guidance
     )

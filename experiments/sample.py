@@ -94,7 +94,7 @@ def open_plan(args: Sample) -> plan.Plan:
         raise CheckpointError(f"checkpoint {args.checkpoint} does not exist")
     about = checkpoint.read_about(args.checkpoint)
     run = config.from_json(config.Run, about["config"])
-    run = dataclasses.replace(run, precision=args.precision or run.precision, device=args.device)
+    run = dataclasses.replace(plan.alone(run), precision=args.precision or run.precision, device=args.device)
     return plan.compose(run, dit.Shape(**about["shape"]))
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import os
+import resource
 import time
 import warnings
 
@@ -13,28 +16,42 @@ from tqdm import tqdm
 from odit import checkpoint, config, data, evaluate, health, plan, random, record, sample, train, validate
 from odit.data import loader
 from odit.health import CheckpointError, NumericError
+from odit.parallel import collectives
+from odit.parallel import mesh as meshes
 
 
 def main(run: config.Run) -> None:
-    """Checks, restores or initialises, then steps to the end, writing what the run is asked to."""
+    """Checks, joins the other ranks, restores or initialises, then steps to the end, writing what is asked for."""
     began = time.monotonic()
-    plan.check(run)
-    with record.Lock(run.out):
+    plan.check(run, world=int(os.environ.get("WORLD_SIZE", 1)))
+    rank, world, _ = meshes.start(plan.pick_device(run.device))
+    with contextlib.ExitStack() as stack:
+        stack.callback(meshes.stop)
+        mesh = meshes.make_mesh(world, rank, run.parallel.dp, run.parallel.sp)
+        meshes.warm_up(mesh)
+        if rank == 0:
+            stack.enter_context(record.Lock(run.out))
         dataset = data.open_dataset(run.data)
-        composed = plan.make(run, dataset)
-        print(plan.describe(composed), flush=True)
+        composed = plan.make(run, dataset, mesh)
+        say(composed, plan.describe(composed))
 
         key = random.key(run.seed)
         state = restore(composed, dataset) or fresh(composed, key)
         stop = run.stop_at or run.steps
         if state.step >= stop and (state.step < run.steps or finished(run)):
-            print(f"already at step {state.step} of {stop}: nothing to do")
+            say(composed, f"already at step {state.step} of {stop}: nothing to do")
             return
-        with record.Recorder(run, state.step) as recorder:
-            state = loop(composed, dataset, state, key, recorder, stop)
-            print(f"{run.out}: step {state.step} of {run.steps} after {time.monotonic() - began:.0f} s", flush=True)
-            if state.step == run.steps:
-                finish(composed, dataset, state, recorder)
+        recorder = stack.enter_context(record.Recorder(run, state.step) if rank == 0 else record.Silent())
+        state = loop(composed, dataset, state, key, recorder, stop)
+        say(composed, f"{run.out}: step {state.step} of {run.steps} after {time.monotonic() - began:.0f} s")
+        if state.step == run.steps:
+            finish(composed, dataset, state, recorder)
+
+
+def say(composed: plan.Plan, text: str) -> None:
+    """Prints on rank 0."""
+    if composed.mesh.rank == 0:
+        print(text, flush=True)
 
 
 def restore(composed: plan.Plan, dataset: data.Dataset) -> train.TrainState | None:
@@ -49,7 +66,7 @@ def restore(composed: plan.Plan, dataset: data.Dataset) -> train.TrainState | No
         return None
     path = checkpoint.find(run.resume, run.out)
     if path is None:
-        print(f"resume latest: no checkpoint in {run.out}, starting at step 0", flush=True)
+        say(composed, f"resume latest: no checkpoint in {run.out}, starting at step 0")
         return None
     if checkpoint.steps(run.out) and path.resolve().parent != (run.out / "checkpoints").resolve():
         raise ValueError(f"resume {path} would go on in {run.out}, which holds another run: use another --out")
@@ -66,8 +83,10 @@ def restore(composed: plan.Plan, dataset: data.Dataset) -> train.TrainState | No
                 "use that value, or start a new run from its weights with --init-from"
             )
     state, _ = checkpoint.load(path, composed)
-    checkpoint.set_aside(run.out, state.step)
-    print(f"resumed from {path} at step {state.step}", flush=True)
+    collectives.barrier(composed.mesh.all)  # everybody has found and read it
+    if composed.mesh.rank == 0:
+        checkpoint.set_aside(run.out, state.step)
+    say(composed, f"resumed from {path} at step {state.step}")
     return state
 
 
@@ -93,8 +112,11 @@ def loop(composed, dataset, state, key, recorder, stop) -> train.TrainState:
         flip=run.data.flip,
         bad_budget=run.data.bad_budget,
         on_bad=on_bad,
+        part=(composed.mesh.dp.rank, composed.mesh.dp.size),
     )
-    bar = tqdm(total=stop, initial=state.step, unit="step", disable=not run.progress, mininterval=0.5)
+    bar = tqdm(
+        total=stop, initial=state.step, unit="step", disable=not run.progress or composed.mesh.rank > 0, mininterval=0.5
+    )
     mark, mark_step, bad_streak = time.monotonic(), state.step, 0
     try:
         for batch in batches:
@@ -111,7 +133,7 @@ def loop(composed, dataset, state, key, recorder, stop) -> train.TrainState:
                 speed = run.global_batch * (state.step - mark_step) / max(1e-9, time.monotonic() - mark)
                 mark, mark_step = time.monotonic(), state.step
                 recorder.log(state.step, {**metrics, "samples_per_s": round(speed, 1)})
-                bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:.0f} samples/s")
+                bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:.0f} samples/s, {a_rank(composed, speed)}")
             paused = time.monotonic()
             periodic(composed, dataset, state, recorder, stop)
             mark += time.monotonic() - paused
@@ -119,6 +141,17 @@ def loop(composed, dataset, state, key, recorder, stop) -> train.TrainState:
         batches.close()
         bar.close()
     return state
+
+
+def a_rank(composed: plan.Plan, speed: float) -> str:
+    """A rank's share of the speed, and its peak memory."""
+    if composed.device.type == "cuda":
+        import torch
+
+        gib = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return f"{speed / composed.mesh.dp.size:.0f} a rank, {gib:.2f} GiB"
 
 
 def on_bad(path: str, reason: str) -> None:
@@ -136,7 +169,7 @@ def periodic(composed, dataset, state, recorder, stop) -> None:
     if state.step % run.sample_every == 0 or last:
         recorder.pictures(state.step, grid(composed, state), columns(composed))
     if state.step % run.checkpoint_every == 0 or last:
-        checkpoint.save(run.out, state, about(composed, dataset, state), run.keep)
+        checkpoint.save(composed, state, about(composed, dataset, state))
 
 
 def grid(composed: plan.Plan, state: train.TrainState):
@@ -179,15 +212,20 @@ def finished(run: config.Run) -> bool:
 
 def finish(composed, dataset, state, recorder) -> None:
     """The weights to share, where things lie and, for digits, the judgement; its last line is the class accuracy."""
-    out = composed.run.out
-    checkpoint.save_weights(out / "ema.safetensors", state.ema, about(composed, dataset, state))
-    print(f"weights: {out / 'ema.safetensors'}\nsamples: {max((out / 'samples').glob('*.png'))}", flush=True)
-    if composed.run.evaluate and composed.run.data.source == "digits":
-        progress = functools.partial(tqdm, unit="step", leave=False, disable=not composed.run.progress)
+    run, out = composed.run, composed.run.out
+    if composed.mesh.rank == 0:
+        # Read back from the checkpoint: no rank ever holds the whole EMA while it trains.
+        alone = plan.compose(plan.alone(run), composed.shape)
+        whole = checkpoint.load_weights(out / "checkpoints" / f"step_{state.step:08d}", alone)
+        checkpoint.save_weights(out / "ema.safetensors", whole, about(composed, dataset, state))
+    say(composed, f"weights: {out / 'ema.safetensors'}\nsamples: {out / 'samples' / f'step_{state.step:08d}.png'}")
+    if run.evaluate and run.data.source == "digits":
+        progress = functools.partial(tqdm, unit="step", leave=False, disable=not run.progress or composed.mesh.rank > 0)
         found = evaluate.evaluate(composed, state.ema, dataset, progress=progress)
-        record.write_json(out / "evaluation.json", found)
+        if composed.mesh.rank == 0:
+            record.write_json(out / "evaluation.json", found)
         recorder.log(state.step, found, prefix="evaluation_")
-        print(evaluate.report(found), flush=True)
+        say(composed, evaluate.report(found))
 
 
 def cli() -> None:

@@ -1,13 +1,16 @@
-"""Checkpoints: one safetensors file of the whole state and a manifest that binds it by size and hash, written last.
+"""Checkpoints: each rank's pieces in a safetensors file, and a manifest that binds them by size and hash, written last.
 
-``checkpoints/step_00000200/{state.safetensors, manifest.json}``; tensors are named role/path, with the roles param,
-adamw.m, adamw.v and ema. No pickle anywhere. A hash shows damage, not forgery.
+``checkpoints/step_00000200/{state-00000-of-00002.safetensors, ..., manifest.json}``; tensors are named role/path, with
+the roles param, adamw.m, adamw.v and ema, and have their whole, logical shapes in the manifest: a piece is a box of
+such a tensor, and no layout reaches a file. Reading takes from the pieces what a rank needs, whatever wrote them. No
+pickle anywhere. A hash shows damage, not forgery.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,43 +24,83 @@ from safetensors.torch import save_file
 
 from odit import optim, record, tree
 from odit.health import CheckpointError
+from odit.parallel import collectives
 from odit.plan import Plan
 from odit.train import LossScale, TrainState
 
 FORMAT = 1
-STATE, MANIFEST = "state.safetensors", "manifest.json"
+MANIFEST = "manifest.json"
+ROLES = ("param", "adamw.m", "adamw.v", "ema")
 
 
-def save(out: Path, state: TrainState, about: dict[str, Any], keep: int) -> Path:
-    """Writes ``out/checkpoints/step_*`` whole or not at all, then deletes all but the ``keep`` newest.
+def save(plan: Plan, state: TrainState, about: dict[str, Any]) -> Path:
+    """Writes ``out/checkpoints/step_*`` whole or not at all, then deletes all but the ``keep`` newest; on all ranks.
 
     Args:
         about: what the manifest tells beside the tensors, such as config and data fingerprint.
     """
+    out, axis = plan.run.out, plan.layout.axis
     root = out / "checkpoints"
     final, temporary = root / f"step_{state.step:08d}", root / f".step_{state.step:08d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    tensors = _tensors(state)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / STATE)
-    _sync(temporary / STATE)
+    if axis.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    collectives.gather_objects(axis, None)  # nobody writes before the folder is there
+    told = collectives.gather_objects(axis, _write_pieces(plan, state, temporary))
+    if axis.rank == 0:
+        _commit(plan, state, about, told, temporary, final)
+        for step in [s for s in steps(out) if s <= state.step][: -plan.run.keep]:
+            _delete(root / f"step_{step:08d}")
+    collectives.gather_objects(axis, None)  # nobody reads before it is committed
+    return final
+
+
+def _write_pieces(plan: Plan, state: TrainState, folder: Path) -> tuple[str, dict, dict]:
+    """Writes this rank's file; returns its name, {tensor: offsets of its piece} and its size and hash."""
+    axis = plan.layout.axis
+    name = f"state-{axis.rank:05d}-of-{axis.size:05d}.safetensors"
+    pieces, offsets = {}, {}
+    for role, t in zip(ROLES, (state.params, state.opt.m, state.opt.v, state.ema)):
+        leaves = zip(tree.items(t), tree.leaves(plan.declared), tree.leaves(plan.layout.specs))
+        for (path, leaf), declared, spec in leaves:
+            if spec.dim is not None or axis.rank == 0:
+                pieces[f"{role}/{path}"] = leaf.detach().cpu().contiguous()
+                offsets[f"{role}/{path}"] = spec.offsets(declared.shape, axis.rank)
+    save_file(pieces, folder / name)
+    _sync(folder / name)
+    shapes = {tensor: (offsets[tensor], tuple(piece.shape)) for tensor, piece in pieces.items()}
+    return name, shapes, {"size": (folder / name).stat().st_size, "blake2b": _hash(folder / name)}
+
+
+def _commit(plan: Plan, state: TrainState, about: dict, told: list, temporary: Path, final: Path) -> None:
+    """Writes the manifest and gives the folder its name."""
+    tensors = {
+        f"{role}/{path}": {
+            "shape": list(p.shape),
+            "dtype": "float32",
+            "pieces": [
+                {"file": file, "offsets": list(where[f"{role}/{path}"][0]), "shape": list(where[f"{role}/{path}"][1])}
+                for file, where, _ in told
+                if f"{role}/{path}" in where
+            ],
+        }
+        for role in ROLES
+        for path, p in tree.items(plan.declared)
+    }
     manifest = {
         "format": FORMAT,
         "step": state.step,
         "updates": int(state.opt.count),
         "loss_scale": list(state.loss_scale),
         **about,
-        "tensors": {name: {"shape": list(t.shape), "dtype": str(t.dtype)} for name, t in tensors.items()},
-        "files": {STATE: {"size": (temporary / STATE).stat().st_size, "blake2b": _hash(temporary / STATE)}},
+        "tensors": tensors,
+        "files": {file: size_and_hash for file, _, size_and_hash in told},
     }
     record.write_json(temporary / MANIFEST, {**manifest, "blake2b": _hash_json(manifest)})
     _sync(temporary / MANIFEST)
     _delete(final)
     os.rename(temporary, final)
-    _sync(root)
-    for step in [s for s in steps(out) if s <= state.step][:-keep]:
-        _delete(root / f"step_{step:08d}")
-    return final
+    _sync(final.parent)
 
 
 def set_aside(out: Path, step: int) -> None:
@@ -67,11 +110,6 @@ def set_aside(out: Path, step: int) -> None:
         aside = path.with_name(f"abandoned_{path.name}")
         _delete(aside)
         os.rename(path, aside)
-
-
-def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
-    roles = {"param": state.params, "adamw.m": state.opt.m, "adamw.v": state.opt.v, "ema": state.ema}
-    return {f"{role}/{path}": leaf for role, t in roles.items() for path, leaf in tree.items(t)}
 
 
 def steps(out: Path) -> list[int]:
@@ -132,9 +170,10 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, plan: Plan) -> tuple[TrainState, dict[str, Any]]:
-    """Reads a whole state; raises CheckpointError where anything is damaged, missing or of another shape."""
+    """Reads this rank's parts of a whole state; raises CheckpointError where anything is damaged, missing or of another
+    shape."""
     manifest = verify(path)
-    roles = {role: _read(path / STATE, role, plan) for role in ("param", "adamw.m", "adamw.v", "ema")}
+    roles = {role: read_role(path, manifest, role, plan) for role in ROLES}
     count = torch.tensor(manifest["updates"], dtype=torch.int64)
     opt = optim.AdamState(roles["adamw.m"], roles["adamw.v"], count)
     scale, streak = manifest["loss_scale"]
@@ -142,17 +181,68 @@ def load(path: Path, plan: Plan) -> tuple[TrainState, dict[str, Any]]:
 
 
 def load_weights(path: Path, plan: Plan, which: str = "ema") -> tree.Tree:
-    """Reads 'ema' or 'param' weights from a checkpoint folder, or those of a file that ``save_weights`` wrote."""
+    """This rank's parts of 'ema' or 'param' weights, from a checkpoint folder or a file that ``save_weights`` wrote."""
     if path.is_dir():
-        verify(path)
-        return _read(path / STATE, which, plan)
+        return read_role(path, verify(path), which, plan)
     if (held := _metadata(path).get("weights")) != which:
         raise CheckpointError(f"{path} holds {held} weights, not {which}: ask for {held}, or give a checkpoint folder")
-    return _read(path, which, plan)
+    return _read_file(path, which, plan)
+
+
+def read_role(path: Path, manifest: dict[str, Any], role: str, plan: Plan) -> tree.Tree:
+    """One role's tensors, this rank's parts, each held to its declaration; reads only the pieces that overlap."""
+    told = {name: entry for name, entry in manifest["tensors"].items() if name.startswith(role + "/")}
+    _check_names(path, role, set(told), plan)
+    files: dict[str, Any] = {}
+
+    def leaf(name: str, declared, spec):
+        entry = told[f"{role}/{name}"]
+        _check_shape(path, f"{role}/{name}", tuple(entry["shape"]), declared.shape)
+        covered = sum(math.prod(piece["shape"]) for piece in entry["pieces"])
+        if covered != declared.size:
+            raise CheckpointError(f"{path}: the pieces of {role}/{name} hold {covered} of its {declared.size} elements")
+        start, shape = spec.offsets(declared.shape, plan.layout.axis.rank), spec.local_shape(declared.shape)
+        part = torch.empty(shape)
+        for piece in entry["pieces"]:
+            _copy_overlap(part, start, files, path, f"{role}/{name}", piece)
+        return part.to(plan.device)
+
+    try:
+        return tree.map_with_path(leaf, plan.declared, plan.layout.specs)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def _copy_overlap(part: torch.Tensor, start: tuple, files: dict, path: Path, key: str, piece: dict[str, Any]) -> None:
+    """Copies what a piece and this part have in common; both are boxes in the whole tensor."""
+    low = [max(a, b) for a, b in zip(start, piece["offsets"])]
+    high = [min(a + n, b + m) for a, n, b, m in zip(start, part.shape, piece["offsets"], piece["shape"])]
+    if any(a >= b for a, b in zip(low, high)):
+        return
+    if piece["file"] not in files:
+        files[piece["file"]] = safe_open(path / piece["file"], "pt")
+    box = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece["offsets"]))
+    part[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start))] = files[piece["file"]].get_slice(key)[box]
+
+
+def _check_names(path: Path, role: str, found: set[str], plan: Plan) -> None:
+    wanted = {f"{role}/{name}" for name in tree.paths(plan.declared)}
+    if missing := sorted(wanted - found):
+        raise CheckpointError(f"{path} has no tensor {missing[0]}: it was written for another model")
+    if extra := sorted(found - wanted):
+        raise CheckpointError(f"{path} holds {len(extra)} tensors this model has not, the first is {extra[0]}")
+
+
+def _check_shape(path: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        raise CheckpointError(
+            f"{name} in {path} has shape {found}, this model wants {wanted}: "
+            "use the model settings of the run that wrote it"
+        )
 
 
 def save_weights(path: Path, params: tree.Tree, about: dict[str, Any], which: str = "ema") -> None:
-    """Writes one safetensors file of weights; its metadata holds what ``read_about`` returns."""
+    """Writes one safetensors file of whole weights; its metadata holds what ``read_about`` returns."""
     temporary = path.with_name(f".{path.name}.tmp")
     tensors = {f"{which}/{p}": leaf.detach().cpu().contiguous() for p, leaf in tree.items(params)}
     save_file(tensors, temporary, metadata={"format": "pt", "weights": which, "odit": json.dumps(about)})
@@ -181,33 +271,25 @@ def _metadata(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is no safetensors file: {error}") from None
 
 
-def _read(path: Path, role: str, plan: Plan) -> tree.Tree:
-    """One role's tensors on the plan's device, each held to its declaration."""
+def _read_file(path: Path, role: str, plan: Plan) -> tree.Tree:
+    """This rank's parts of the weights in one file, each held to its declaration."""
 
-    def leaf(name: str, declared):
-        key = f"{role}/{name}"
-        if key not in names:
-            raise CheckpointError(f"{path} has no tensor {key}: it was written for another model")
-        tensor = file.get_tensor(key)
-        if tuple(tensor.shape) != declared.shape:
+    def leaf(name: str, declared, spec):
+        whole = file.get_tensor(f"{role}/{name}")
+        _check_shape(path, f"{role}/{name}", tuple(whole.shape), declared.shape)
+        if whole.dtype != torch.float32:
             raise CheckpointError(
-                f"{key} in {path} has shape {tuple(tensor.shape)}, this model wants {declared.shape}: "
-                "use the model settings of the run that wrote it"
+                f"{role}/{name} in {path} is {whole.dtype}, weights are float32: convert the file first"
             )
-        if tensor.dtype != torch.float32:
-            raise CheckpointError(f"{key} in {path} is {tensor.dtype}, state is float32: convert the file first")
-        return tensor.to(plan.device, copy=True)  # safe_open maps the file, which may change under us
+        # safe_open maps the file, which may change under us: copy
+        return spec.take(whole, plan.layout.axis.rank).to(plan.device, copy=True).contiguous()
 
     try:
         with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            loaded = tree.map_with_path(leaf, plan.declared)
+            _check_names(path, role, set(file.keys()), plan)
+            return tree.map_with_path(leaf, plan.declared, plan.layout.specs)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    extra = {n for n in names if n.startswith(role + "/")} - {f"{role}/{p}" for p in tree.paths(plan.declared)}
-    if extra:
-        raise CheckpointError(f"{path} holds {len(extra)} tensors this model has not, the first is {sorted(extra)[0]}")
-    return loaded
 
 
 def _hash(path: Path) -> str:

@@ -125,9 +125,10 @@ def squared_norm(grads: tree.Tree) -> Tensor:
 
 
 @torch.no_grad()
-def clip_(grads: tree.Tree, norm: Tensor, limit: float) -> None:
+def clip_(grads: tree.Tree, norm: float, limit: float) -> None:
     """Scales gradients in place by min(1, limit / norm), given their global norm."""
-    torch._foreach_mul_(tree.leaves(grads), torch.clamp(limit / (norm + 1e-6), max=1.0))
+    if norm > limit:
+        torch._foreach_mul_(tree.leaves(grads), limit / norm)
 
 
 def ema_rate(cfg: Config, updates: int) -> float:

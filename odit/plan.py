@@ -11,11 +11,14 @@ from typing import Any
 import torch
 
 from odit import data, diffusion, optim, tree
-from odit.config import Run, Sampling
+from odit.config import Parallel, Run, Sampling
 from odit.diffusion import solvers
 from odit.diffusion.flow import Flow
 from odit.models import dit
 from odit.ops import Ops
+from odit.parallel import zero
+from odit.parallel.mesh import Mesh, check_mesh, single
+from odit.parallel.spec import unsplit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,7 +34,7 @@ class Plan:
     objective: Any
     ops: Ops
     dtype: torch.dtype
-    micro_batch: int
+    mesh: Mesh
     notes: tuple[str, ...]
     """Choices made for the user and why, one line each."""
 
@@ -41,23 +44,38 @@ class Plan:
         return self.shape.num_classes
 
     @property
+    def micro_batch(self) -> int:
+        """Samples of one forward pass on one rank."""
+        return self.run.micro_batch or self.run.global_batch // self.mesh.dp.size
+
+    @property
     def forward(self) -> Callable:
-        """``(params, x_BCHW, t_B, y_B) -> out``."""
-        return functools.partial(dit.forward, cfg=self.run.model, ops=self.ops)
+        """``(params, x_BCHW, t_B, y_B, ops=...) -> out``."""
+        return functools.partial(dit.forward, cfg=self.run.model)
 
-    def materialize(self, params: tree.Tree) -> tree.Tree:
-        """The working copy of the weights, in the dtype of matrix products; its backward casts gradients back."""
-        return tree.map(lambda p: p.to(self.dtype), params)
+    @functools.cached_property
+    def layout(self) -> zero.Layout:
+        """How the state is stored and used; ZeRO splits over dp x sp together."""
+        p = self.run.parallel
+        reduce_dtype = torch.promote_types(self.dtype, torch.float32) if p.reduce == "fp32" else torch.bfloat16
+        return zero.layout(self.declared, p.zero, self.mesh.all, self.dtype, reduce_dtype, p.remat == "block")
+
+    def inference(self, params: tree.Tree) -> tuple[tree.Tree, Ops]:
+        """Parameters and record for forward passes without gradients, from this rank's parts of the weights."""
+        held = self.layout.hold(params)
+        return self.layout.view(self.layout.targets(params, held), held, self.ops)
 
 
-def check(run: Run, shape: dit.Shape | None = None) -> None:
-    """Refuses what cannot run, before anything slow happens.
+def check(run: Run, shape: dit.Shape | None = None, world: int = 1) -> None:
+    """Refuses what cannot run on ``world`` ranks, before anything slow happens.
 
     Raises:
         ValueError: one sentence that names the key, what was found and what would be right.
     """
     _check_numbers(run)
     _check_served(run)
+    dp, _ = check_mesh(world, run.parallel.dp, run.parallel.sp)
+    _check_share(run, dp)
     data.check(run.data)
     diffusion.check(run.diffusion)
     optim.check(run.optimizer)
@@ -84,28 +102,36 @@ def _check_numbers(run: Run) -> None:
         raise ValueError(
             f"stop_at {run.stop_at} lies outside the run's steps 1 to {run.steps}: use a step between them"
         )
-    micro = run.micro_batch
-    if micro is not None and (micro < 1 or run.global_batch % micro):
-        fits = [n for n in range(1, run.global_batch + 1) if run.global_batch % n == 0]
-        nearest = min(fits, key=lambda n: abs(n - micro))
-        raise ValueError(
-            f"micro_batch {micro} does not divide global_batch {run.global_batch}: the nearest that does is {nearest}"
-        )
     if run.threads is not None and run.threads < 1:
         raise ValueError(f"threads is {run.threads}: use 1 or more")
+
+
+def _check_share(run: Run, dp: int) -> None:
+    """The global batch is cut into equal shares, and these into equal micro-batches."""
+    if run.global_batch % dp:
+        nearest = max(dp, round(run.global_batch / dp) * dp)
+        raise ValueError(
+            f"global_batch {run.global_batch} does not divide over parallel.dp {dp}: the nearest that does is {nearest}"
+        )
+    share, micro = run.global_batch // dp, run.micro_batch
+    if micro is not None and (micro < 1 or share % micro):
+        nearest = min((n for n in range(1, share + 1) if share % n == 0), key=lambda n: abs(n - micro))
+        of = (
+            f"global_batch {run.global_batch}"
+            if dp == 1
+            else f"the share of a rank, {run.global_batch} / {dp} = {share}"
+        )
+        raise ValueError(f"micro_batch {micro} does not divide {of}: the nearest that does is {nearest}")
 
 
 def _check_served(run: Run) -> None:
     """Settings that this version knows but does not serve are refused, never ignored."""
     p = run.parallel
     later = {
-        "parallel.dp": (p.dp, (None, 1)),
         "parallel.sp": (p.sp, (1,)),
-        "parallel.zero": (p.zero, (0,)),
         "parallel.sequence": (p.sequence, ("auto", "none")),
         "parallel.ulysses": (p.ulysses, (None,)),
-        "parallel.reduce": (p.reduce, ("fp32",)),
-        "parallel.remat": (p.remat, ("none",)),
+        "parallel.remat": (p.remat, ("none", "block")),
         "parallel.offload": (p.offload, ("none",)),
         "parallel.memory_gib": (p.memory_gib, (None,)),
         "kernels": (run.kernels, ("auto", "reference")),
@@ -116,6 +142,10 @@ def _check_served(run: Run) -> None:
         if found not in served:
             fits = " or ".join(str(value) for value in served)
             raise ValueError(f"{key} is {found}, which this version does not serve yet: use {fits}")
+    if run.grad_norms and p.zero == 3:
+        raise ValueError(
+            "grad_norms needs whole weights, which parallel.zero 3 does not keep: use parallel.zero 2 or less"
+        )
 
 
 def check_sampling(sampling: Sampling, model: dit.Config, shape: dit.Shape, objective: Any) -> None:
@@ -147,9 +177,9 @@ def solver_of(sampling: Sampling, objective: Any) -> str:
     return sampling.solver or ("heun" if isinstance(objective, Flow) else "ddim")
 
 
-def make(run: Run, dataset: data.Dataset) -> Plan:
+def make(run: Run, dataset: data.Dataset, mesh: Mesh | None = None) -> Plan:
     """Composes the plan of a run on this data; checks first."""
-    plan = compose(run, _shape(run, dataset))
+    plan = compose(run, _shape(run, dataset), mesh)
     if run.global_batch <= len(dataset.train_ids):
         return plan
     note = (
@@ -159,9 +189,10 @@ def make(run: Run, dataset: data.Dataset) -> Plan:
     return dataclasses.replace(plan, notes=(*plan.notes, note))
 
 
-def compose(run: Run, shape: dit.Shape) -> Plan:
-    """Composes the plan of a run for data of a known shape; checks first."""
-    check(run, shape)
+def compose(run: Run, shape: dit.Shape, mesh: Mesh | None = None) -> Plan:
+    """Composes the plan of a run for data of a known shape, on one rank unless a mesh is given; checks first."""
+    mesh = mesh or single()
+    check(run, shape, mesh.world)
     if run.threads:
         torch.set_num_threads(run.threads)
     device, notes = pick_device(run.device), []
@@ -178,9 +209,14 @@ def compose(run: Run, shape: dit.Shape) -> Plan:
         objective=objective if isinstance(objective, Flow) else objective.to(device),
         ops=Ops(),
         dtype=DTYPES[run.precision],
-        micro_batch=run.micro_batch or run.global_batch,
+        mesh=mesh,
         notes=tuple(notes),
     )
+
+
+def alone(run: Run) -> Run:
+    """The same run on one rank."""
+    return dataclasses.replace(run, parallel=Parallel(), micro_batch=None)
 
 
 def pick_device(name: str) -> torch.device:
@@ -222,6 +258,9 @@ def describe(plan: Plan) -> str:
         f"data: {plan.run.data.source}, {shape.channels}x{shape.size}x{shape.size}, "
         + (f"{shape.num_classes} classes" if shape.num_classes else "unconditional"),
         f"run: {plan.run.diffusion.objective}, {plan.run.steps} steps of {plan.run.global_batch}, {plan.run.precision} "
-        f"on {plan.device}, seed {plan.run.seed}",
+        f"on {plan.device}, seed {plan.run.seed}"
+        + (f", {plan.mesh.world} ranks, zero {plan.layout.stage}" if plan.mesh.world > 1 or plan.layout.stage else ""),
     ]
+    if plan.layout.stage and (whole := unsplit(plan.declared, plan.layout.specs)):
+        lines.append(f"zero: {len(whole)} leaves cannot be split, the first: {whole[0]}")
     return "\n".join([*lines, *plan.notes])

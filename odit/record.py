@@ -61,6 +61,22 @@ class Recorder:
         self.board.close()
 
 
+class Silent:
+    """The recorder of ranks that do not speak."""
+
+    def log(self, step: int, values: dict[str, Any], prefix: str = "") -> None:
+        """Nothing."""
+
+    def pictures(self, step: int, images_NCHW: Tensor, columns: int) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
 class Lock:
     """An advisory lock on ``out/.lock`` while the context lasts; it falls with its process, however that ends."""
 

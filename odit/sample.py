@@ -35,22 +35,22 @@ def sample(
         progress: wraps the iterable of solver steps, such as tqdm.
     """
     sampling = sampling or plan.run.sampling
-    params = plan.materialize(params)
     indices = torch.arange(start, start + len(labels_N))
     with torch.no_grad():
+        working = plan.inference(params)
         parts = [
-            _sample_batch(plan, params, y.to(plan.device), ids.to(plan.device), key, sampling, progress)
+            _sample_batch(plan, working, y.to(plan.device), ids.to(plan.device), key, sampling, progress)
             for y, ids in zip(labels_N.split(batch), indices.split(batch))
         ]
     return torch.cat(parts).float().cpu()
 
 
-def _sample_batch(plan, params, labels_B, ids_B, key, sampling: Sampling, progress) -> Tensor:
+def _sample_batch(plan, working, labels_B, ids_B, key, sampling: Sampling, progress) -> Tensor:
     shape = (plan.shape.channels, plan.shape.size, plan.shape.size)
-    g = sampling.guidance
+    (params, ops), g = working, sampling.guidance
     scale = g.scale if plan.shape.num_classes else 1.0
     model = guidance.guided(
-        lambda x, t, y: plan.forward(params, x, t, y),
+        lambda x, t, y: plan.forward(params, x, t, y, ops=ops),
         labels_B,
         torch.full_like(labels_B, plan.null_label),
         scale=scale,

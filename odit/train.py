@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from odit import health, optim, param, random, tree
+from odit import health, optim, random, tree
 from odit.data import Batch
+from odit.ops import Ops
+from odit.parallel import collectives, spec
 from odit.plan import Plan
 
 GROW_AFTER = 2000  # finite steps before the fp16 loss scale doubles, as torch.amp.GradScaler
@@ -25,7 +27,7 @@ class LossScale(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a run is at a step boundary; weights, moments and EMA are fp32.
+    """All that a run is at a step boundary; weights, moments and EMA are fp32, each leaf this rank's part.
 
     ``step`` counts attempts, ``opt.count`` updates.
     """
@@ -46,8 +48,9 @@ class Draws(NamedTuple):
 
 
 def init_state(plan: Plan, key: random.Key) -> TrainState:
-    """Draws the weights of step 0; the EMA starts as their copy."""
-    params = param.init(plan.declared, random.fold_in(key, "weights"), plan.device)
+    """Draws this rank's parts of the weights of step 0; the EMA starts as their copy."""
+    layout = plan.layout
+    params = spec.init(plan.declared, random.fold_in(key, "weights"), layout.specs, layout.axis, plan.device)
     scale = FIRST_SCALE if plan.dtype == torch.float16 else 1.0
     ema = tree.map(torch.clone, params)
     return TrainState(0, params, optimizer(plan).init(params), ema, LossScale(scale, 0))
@@ -96,10 +99,12 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & (2**33 - 1))
 
 
-def losses(plan: Plan, params: tree.Tree, x_BCHW: Tensor, y_B: Tensor, draws: Draws) -> Tensor:
-    """Loss a sample (B,), from weights in the working dtype."""
+def losses(plan: Plan, params: tree.Tree, ops: Ops, x_BCHW: Tensor, y_B: Tensor, draws: Draws) -> Tensor:
+    """Loss a sample (B,), from weights in the working dtype and a record that can run them."""
     y_B = labels(plan, y_B, draws.dropped_B)
-    return plan.objective.loss(lambda x, t: plan.forward(params, x, t, y_B), x_BCHW, draws.t_B, draws.noise_BCHW)
+    return plan.objective.loss(
+        lambda x, t: plan.forward(params, x, t, y_B, ops=ops), x_BCHW, draws.t_B, draws.noise_BCHW
+    )
 
 
 def labels(plan: Plan, y_B: Tensor, dropped_B: Tensor) -> Tensor:
@@ -120,18 +125,17 @@ def value_and_grad(fn: Callable[[tree.Tree], tuple[Tensor, Any]], params: tree.T
 def make_step(plan: Plan) -> Callable[[TrainState, Batch, random.Key], tuple[TrainState, dict[str, Any]]]:
     """Makes the step function: draws, gradients over micro-batches, clip, AdamW, EMA. Params and EMA move in place.
 
-    A non-finite loss or gradient leaves weights, moments and EMA as they were, bit for bit; the metrics then name the
-    first bad tensor as ``bad``.
+    A step takes this rank's share of the global batch. A non-finite loss or gradient on any rank leaves weights,
+    moments and EMA as they were, bit for bit, on all of them; the metrics then name the first bad tensor as ``bad``.
     """
     cfg, update_ = plan.run.optimizer, optimizer(plan).update_
 
     def step(state: TrainState, batch: Batch, key: random.Key) -> tuple[TrainState, dict[str, Any]]:
         loss_B, grads, word = gradients(plan, state.params, batch, key, state.loss_scale.scale)
-        loss = float(loss_B.double().sum()) / plan.run.global_batch
-        norm = optim.squared_norm(grads).sqrt()
+        loss, norm, word = agree(plan, loss_B, grads, word)
         lr = optim.learning_rate(cfg, state.step, plan.run.steps)
-        metrics = {"loss": loss, "grad_norm": float(norm), "lr": lr, "draw_digest": f"{word:016x}"}
-        finite = math.isfinite(loss) and math.isfinite(metrics["grad_norm"])
+        metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "draw_digest": f"{word:016x}"}
+        finite = math.isfinite(loss) and math.isfinite(norm)
         if plan.dtype == torch.float16:
             metrics["loss_scale"] = state.loss_scale.scale
         if finite:
@@ -141,30 +145,53 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch, random.Key], tuple[Tra
             optim.ema_(state.ema, state.params, optim.ema_rate(cfg, int(opt.count) - 1))
         else:
             opt = state.opt
-            metrics["bad"] = health.first_bad({"grad": grads}) or ("grad_norm" if math.isfinite(loss) else "loss")
+            metrics["bad"] = name_bad(plan, grads) or ("grad_norm" if math.isfinite(loss) else "loss")
         scale = next_scale(state.loss_scale, finite) if plan.dtype == torch.float16 else state.loss_scale
         return TrainState(state.step + 1, state.params, opt, state.ema, scale), metrics
 
     return step
 
 
+def agree(plan: Plan, loss_B: Tensor, grads: tree.Tree, word: int) -> tuple[float, float, int]:
+    """(mean loss, global gradient norm, draw digest) over all ranks, by one small all-reduce; the same on each."""
+    split, whole = plan.layout.squared_norm(grads)
+    pieces = [(word >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]  # fp64 sums them exactly
+    told = torch.stack([loss_B.double().sum(), split.double(), *torch.tensor(pieces, dtype=torch.float64)])
+    loss, square, *pieces = collectives.all_reduce_(told.to(plan.device), plan.layout.axis).tolist()
+    word = sum(int(piece) << shift for piece, shift in zip(pieces, (0, 16, 32, 48)))
+    return loss / plan.run.global_batch, math.sqrt(square + float(whole)), word & (2**64 - 1)
+
+
+def name_bad(plan: Plan, grads: tree.Tree) -> str | None:
+    """The first bad tensor that any rank saw, in the order of ranks."""
+    found = collectives.gather_objects(plan.layout.axis, health.first_bad({"grad": grads}))
+    return next((name for name in found if name), None)
+
+
 def gradients(
     plan: Plan, params: tree.Tree, batch: Batch, key: random.Key, scale: float = 1.0
 ) -> tuple[Tensor, tree.Tree, int]:
-    """(loss a sample, gradients of their sum over the global batch size, draw digest), one micro-batch at a time."""
+    """(loss a sample, this rank's parts of the gradients, draw digest) of this rank's share, one micro-batch at a time.
+
+    Gradients are those of the sum of losses over the global batch size, summed over ranks; loss and digest are local.
+    """
+    layout = plan.layout
+    held = layout.hold(params)
     total, all_losses, word = None, [], 0
     for part in micro_batches(batch, plan.micro_batch):
         ids, x, y = (field.to(plan.device, non_blocking=True) for field in part)
         draws = draw(plan, ids, tuple(x.shape[1:]), key)
         word += digest(ids, draws, labels(plan, y, draws.dropped_B))
 
-        def loss_sum(params, x=x, y=y, draws=draws):
-            loss_B = losses(plan, plan.materialize(params), x, y, draws)
+        def loss_sum(targets, x=x, y=y, draws=draws):
+            loss_B = losses(plan, *layout.view(targets, held, plan.ops), x, y, draws)
             return loss_B.sum() * (scale / plan.run.global_batch), loss_B.detach()
 
-        _, loss_B, grads = value_and_grad(loss_sum, params)
+        _, loss_B, grads = value_and_grad(loss_sum, layout.targets(params, held))
         all_losses.append(loss_B)
         total = grads if total is None else tree.map(torch.Tensor.add_, total, grads)
+        total = tree.map(lambda g, p: g.to(p.dtype), total, params)
+    total = layout.reduce(total)
     if scale != 1:
         torch._foreach_mul_(tree.leaves(total), 1 / scale)
     return torch.cat(all_losses), total, word & (2**64 - 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from odit import random, train, tree
 from odit.data import BadSample, DataError, Dataset
+from odit.ops import Ops
 from odit.plan import Plan
 
 KEY = random.fold_in(random.key(0), "validation")  # not the run's seed: runs that differ in seed are measured alike
@@ -24,10 +25,11 @@ def validate(
     mean norm of a sample's gradient in each bin is added as ``grad_norm_t*``. A bin no draw fell into is left out, and
     so are pictures that cannot be read: ``on_bad(path, reason)`` is told of each; raises DataError where none is left.
     """
-    params = plan.materialize(params)
+    with torch.no_grad():
+        working = plan.inference(params)
     ids = _readable(dataset, plan.micro_batch, on_bad or (lambda path, reason: None))
     repeats = range(plan.run.validation_draws)
-    found = [_part(plan, params, dataset, part, i) for i in repeats for part in ids.split(plan.micro_batch)]
+    found = [_part(plan, working, dataset, part, i) for i in repeats for part in ids.split(plan.micro_batch)]
     bins, *values = (torch.cat(column).double() for column in zip(*found))
     result = {"loss": float(values[0].mean())}
     for name, value in zip(("loss", "grad_norm"), values):
@@ -60,15 +62,15 @@ def _can_read(dataset: Dataset, one: Tensor, on_bad: Callable[[str, str], None])
     return True
 
 
-def _part(plan: Plan, params: tree.Tree, dataset: Dataset, ids: Tensor, repeat: int) -> tuple[Tensor, ...]:
+def _part(plan: Plan, working: tuple[tree.Tree, Ops], dataset: Dataset, ids: Tensor, repeat: int) -> tuple[Tensor, ...]:
     x, y = (field.to(plan.device) for field in dataset.read(ids))
     draws = train.draw(plan, (ids + (repeat << 32)).to(plan.device), tuple(x.shape[1:]), KEY)
     bins = plan.objective.bins(draws.t_B, BINS)
     with torch.no_grad():
-        loss_B = train.losses(plan, params, x, y, draws)
+        loss_B = train.losses(plan, *working, x, y, draws)
     if not plan.run.grad_norms:
         return bins, loss_B
-    return bins, loss_B, sample_grad_norms(plan, params, x, y, draws)
+    return bins, loss_B, sample_grad_norms(plan, working[0], x, y, draws)
 
 
 def sample_grad_norms(
@@ -78,7 +80,7 @@ def sample_grad_norms(
 
     def norm(x, y, t, noise, dropped):
         one = train.Draws(t[None], noise[None], dropped[None])
-        grads = torch.func.grad(lambda p: train.losses(plan, p, x[None], y[None], one).sum())(params)
+        grads = torch.func.grad(lambda p: train.losses(plan, p, plan.ops, x[None], y[None], one).sum())(params)
         return torch.stack([g.float().square().sum() for g in tree.leaves(grads)]).sum().sqrt()
 
     return torch.func.vmap(norm, chunk_size=chunk)(x_BCHW, y_B, *draws)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import ranks  # noqa: F401 (a fixture)
 
 from odit import config, data, param, plan, random, tree
 from odit.models import dit

@@ -23,7 +23,7 @@ def state_of(plan, step=7):
 @pytest.fixture
 def saved(tiny, make_plan):
     plan = make_plan(tiny)
-    return plan, checkpoint.save(tiny.out, state_of(plan), {"note": "x"}, keep=2)
+    return plan, checkpoint.save(plan, state_of(plan), {"note": "x"})
 
 
 def test_round_trip_is_bit_exact(saved):
@@ -38,15 +38,15 @@ def test_round_trip_is_bit_exact(saved):
 def test_only_the_newest_are_kept_and_no_rubbish_stays(tiny, make_plan):
     plan = make_plan(tiny)
     for step in (1, 2, 3, 4):
-        checkpoint.save(tiny.out, state_of(plan, step), {}, keep=2)
-    checkpoint.save(tiny.out, state_of(plan, 4), {}, keep=2)
+        checkpoint.save(plan, state_of(plan, step), {})
+    checkpoint.save(plan, state_of(plan, 4), {})
     assert sorted(p.name for p in (tiny.out / "checkpoints").iterdir()) == ["step_00000003", "step_00000004"]
 
 
 def damage_bit(path):
-    data = bytearray((path / "state.safetensors").read_bytes())
+    data = bytearray((path / "state-00000-of-00001.safetensors").read_bytes())
     data[-5] ^= 1
-    (path / "state.safetensors").write_bytes(data)
+    (path / "state-00000-of-00001.safetensors").write_bytes(data)
 
 
 def damage_format(path):
@@ -62,9 +62,15 @@ def damage_step(path):
 DAMAGE = {
     "step": (damage_step, "manifest.json was changed after it was written"),
     "no files": (lambda p: (p / "manifest.json").write_text('{"format": 1}'), "was changed after it was written"),
-    "bit": (damage_bit, "state.safetensors was changed after it was written"),
-    "short": (lambda p: open(p / "state.safetensors", "r+b").truncate(1000), "has 1000 bytes, the manifest says"),
-    "missing": (lambda p: (p / "state.safetensors").unlink(), "state.safetensors is missing"),
+    "bit": (damage_bit, "state-00000-of-00001.safetensors was changed after it was written"),
+    "short": (
+        lambda p: open(p / "state-00000-of-00001.safetensors", "r+b").truncate(1000),
+        "has 1000 bytes, the manifest says",
+    ),
+    "missing": (
+        lambda p: (p / "state-00000-of-00001.safetensors").unlink(),
+        "state-00000-of-00001.safetensors is missing",
+    ),
     "manifest": (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be read"),
     "format": (damage_format, "has format 99, this version reads 1"),
 }
@@ -74,7 +80,7 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_refused_and_latest_steps_back(saved, kind):
     plan, path = saved
-    newest = checkpoint.save(plan.run.out, state_of(plan, 9), {}, keep=2)
+    newest = checkpoint.save(plan, state_of(plan, 9), {})
     damage, message = DAMAGE[kind]
     damage(newest)
     with pytest.raises(CheckpointError, match=message):

@@ -37,7 +37,7 @@ def metrics(out):
 
 
 def state(out, step):
-    file = out / "checkpoints" / f"step_{step:08d}" / "state.safetensors"
+    file = out / "checkpoints" / f"step_{step:08d}" / "state-00000-of-00001.safetensors"
     return {name: tensor.clone() for name, tensor in load_file(file).items()}  # load_file maps the file
 
 
@@ -88,7 +88,7 @@ def test_resume_cuts_metrics_and_steps_back_past_a_broken_checkpoint(tiny):
     expected, final = metrics(tiny.out), state(tiny.out, 8)
     with open(tiny.out / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "loss"')
-    broken = tiny.out / "checkpoints" / "step_00000008" / "state.safetensors"
+    broken = tiny.out / "checkpoints" / "step_00000008" / "state-00000-of-00001.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="stepping back past a broken checkpoint"):
         train_script.main(variant(tiny, steps=8, checkpoint_every=4, resume="latest"))
@@ -124,7 +124,7 @@ def test_resuming_another_run_is_refused(tiny, change, message):
 def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(tiny):
     run = variant(tiny, steps=8, checkpoint_every=2, keep=3)
     train_script.main(run)
-    (tiny.out / "checkpoints" / "step_00000008" / "state.safetensors").unlink()
+    (tiny.out / "checkpoints" / "step_00000008" / "state-00000-of-00001.safetensors").unlink()
     with pytest.warns(UserWarning, match="stepping back"):
         train_script.main(variant(run, resume="latest", stop_at=7, keep=1))
     names = {path.name for path in (tiny.out / "checkpoints").iterdir()}
