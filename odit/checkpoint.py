@@ -205,7 +205,7 @@ def read_role(path: Path, manifest: dict[str, Any], role: str, plan: Plan) -> tr
         part = torch.empty(shape)
         for piece in entry["pieces"]:
             _copy_overlap(part, start, files, path, f"{role}/{name}", piece)
-        return part.to(plan.device)
+        return part.to(plan.home)
 
     try:
         return tree.map_with_path(leaf, plan.declared, plan.layout.specs)
@@ -282,7 +282,7 @@ def _read_file(path: Path, role: str, plan: Plan) -> tree.Tree:
                 f"{role}/{name} in {path} is {whole.dtype}, weights are float32: convert the file first"
             )
         # safe_open maps the file, which may change under us: copy
-        return spec.take(whole, plan.layout.axis.rank).to(plan.device, copy=True).contiguous()
+        return spec.take(whole, plan.layout.axis.rank).to(plan.home, copy=True).contiguous()
 
     try:
         with safe_open(path, "pt") as file:

@@ -49,6 +49,24 @@ class Plan:
         return self.run.micro_batch or self.run.global_batch // self.mesh.dp.size
 
     @property
+    def num_micro(self) -> int:
+        """Micro-batches of a step on one rank."""
+        return self.run.global_batch // self.mesh.dp.size // self.micro_batch
+
+    @property
+    def home(self) -> torch.device:
+        """Where masters, moments and EMA start to live."""
+        return self.device if self.run.parallel.offload == "none" else torch.device("cpu")
+
+    @property
+    def budget(self) -> float | None:
+        """Bytes of device memory that offload auto may fill; None where nothing is placed by a budget."""
+        p = self.run.parallel
+        if p.offload != "auto":
+            return None
+        return 2**30 * p.memory_gib if p.memory_gib else 0.95 * torch.cuda.mem_get_info(self.device)[1]
+
+    @property
     def forward(self) -> Callable:
         """``(params, x_BCHW, t_B, y_B, ops=...) -> out``."""
         return functools.partial(dit.forward, cfg=self.run.model)
@@ -58,12 +76,20 @@ class Plan:
         """How the state is stored and used; ZeRO splits over dp x sp together."""
         p = self.run.parallel
         reduce_dtype = torch.promote_types(self.dtype, torch.float32) if p.reduce == "fp32" else torch.bfloat16
-        return zero.layout(self.declared, p.zero, self.mesh.all, self.dtype, reduce_dtype, p.remat == "block")
+        return zero.layout(
+            self.declared, p.zero, self.mesh.all, self.dtype, reduce_dtype, self.device, p.remat == "block"
+        )
 
     def inference(self, params: tree.Tree) -> tuple[tree.Tree, Ops]:
         """Parameters and record for forward passes without gradients, from this rank's parts of the weights."""
+        if self.home != self.device:  # cast once, not in each forward pass
+            params = tree.map(lambda p: _pinned(p.to(self.dtype)) if p.device != self.device else p, params)
         held = self.layout.hold(params)
         return self.layout.view(self.layout.targets(params, held), held, self.ops)
+
+
+def _pinned(x: torch.Tensor) -> torch.Tensor:
+    return x.pin_memory() if torch.cuda.is_available() else x
 
 
 def check(run: Run, shape: dit.Shape | None = None, world: int = 1) -> None:
@@ -76,6 +102,7 @@ def check(run: Run, shape: dit.Shape | None = None, world: int = 1) -> None:
     _check_served(run)
     dp, _ = check_mesh(world, run.parallel.dp, run.parallel.sp)
     _check_share(run, dp)
+    _check_offload(run)
     data.check(run.data)
     diffusion.check(run.diffusion)
     optim.check(run.optimizer)
@@ -124,6 +151,26 @@ def _check_share(run: Run, dp: int) -> None:
         raise ValueError(f"micro_batch {micro} does not divide {of}: the nearest that does is {nearest}")
 
 
+def _check_offload(run: Run) -> None:
+    p = run.parallel
+    if p.memory_gib is not None and p.offload != "auto":
+        raise ValueError(
+            f"parallel.memory_gib is {p.memory_gib} but parallel.offload is {p.offload}: use --parallel.offload auto, "
+            "which places state by it, or leave it out"
+        )
+    if p.memory_gib is not None and not p.memory_gib > 0:
+        raise ValueError(f"parallel.memory_gib is {p.memory_gib}: use a positive number")
+    if p.offload != "none" and p.zero < 2:
+        raise ValueError(
+            f"parallel.offload {p.offload} takes gradients away block by block, which parallel.zero {p.zero} does not: "
+            "use --parallel.zero 2 or 3 (on any number of ranks, one too)"
+        )
+    if p.offload == "auto" and pick_device(run.device).type != "cuda":
+        raise ValueError(
+            "parallel.offload auto places state by the memory of a GPU and this run has none: use none, or --device cuda"
+        )
+
+
 def _check_served(run: Run) -> None:
     """Settings that this version knows but does not serve are refused, never ignored."""
     p = run.parallel
@@ -132,8 +179,6 @@ def _check_served(run: Run) -> None:
         "parallel.sequence": (p.sequence, ("auto", "none")),
         "parallel.ulysses": (p.ulysses, (None,)),
         "parallel.remat": (p.remat, ("none", "block")),
-        "parallel.offload": (p.offload, ("none",)),
-        "parallel.memory_gib": (p.memory_gib, (None,)),
         "kernels": (run.kernels, ("auto", "reference")),
         "compile": (run.compile, (False,)),
         "replay": (run.replay, (None,)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from odit import health, optim, random, tree
 from odit.data import Batch
 from odit.ops import Ops
-from odit.parallel import collectives, spec
+from odit.parallel import collectives, offload, spec
 from odit.plan import Plan
 
 GROW_AFTER = 2000  # finite steps before the fp16 loss scale doubles, as torch.amp.GradScaler
@@ -50,7 +50,7 @@ class Draws(NamedTuple):
 def init_state(plan: Plan, key: random.Key) -> TrainState:
     """Draws this rank's parts of the weights of step 0; the EMA starts as their copy."""
     layout = plan.layout
-    params = spec.init(plan.declared, random.fold_in(key, "weights"), layout.specs, layout.axis, plan.device)
+    params = spec.init(plan.declared, random.fold_in(key, "weights"), layout.specs, layout.axis, plan.home)
     scale = FIRST_SCALE if plan.dtype == torch.float16 else 1.0
     ema = tree.map(torch.clone, params)
     return TrainState(0, params, optimizer(plan).init(params), ema, LossScale(scale, 0))
@@ -59,7 +59,7 @@ def init_state(plan: Plan, key: random.Key) -> TrainState:
 def optimizer(plan: Plan) -> optim.Optimizer:
     """The run's AdamW."""
     cfg = plan.run.optimizer
-    return optim.adamw(cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay)
+    return optim.adamw(cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay, fused=plan.run.parallel.offload != "none")
 
 
 def draw(plan: Plan, ids_B: Tensor, shape: tuple[int, ...], key: random.Key) -> Draws:
@@ -113,13 +113,14 @@ def labels(plan: Plan, y_B: Tensor, dropped_B: Tensor) -> Tensor:
 
 
 def value_and_grad(fn: Callable[[tree.Tree], tuple[Tensor, Any]], params: tree.Tree) -> tuple[Tensor, Any, tree.Tree]:
-    """(value, aux, gradients) of ``fn(params) -> (value, aux)``, by torch.autograd.grad.
+    """(value, aux, gradients) of ``fn(params) -> (value, aux)``, by torch.autograd.grad; None for what has none.
 
     torch.func.grad keeps a graph for a second derivative even when none is asked for: 53 % more memory a step.
     """
     leaves = [p.detach().requires_grad_() for p in tree.leaves(params)]
     value, aux = fn(tree.unflatten(params, leaves))
-    return value.detach(), aux, tree.unflatten(params, list(torch.autograd.grad(value, leaves)))
+    grads = torch.autograd.grad(value, leaves, allow_unused=True)
+    return value.detach(), aux, tree.unflatten(params, list(grads))
 
 
 def make_step(plan: Plan) -> Callable[[TrainState, Batch, random.Key], tuple[TrainState, dict[str, Any]]]:
@@ -128,73 +129,127 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch, random.Key], tuple[Tra
     A step takes this rank's share of the global batch. A non-finite loss or gradient on any rank leaves weights,
     moments and EMA as they were, bit for bit, on all of them; the metrics then name the first bad tensor as ``bad``.
     """
-    cfg, update_ = plan.run.optimizer, optimizer(plan).update_
+    cfg, host = plan.run.optimizer, offloaded(plan)
 
     def step(state: TrainState, batch: Batch, key: random.Key) -> tuple[TrainState, dict[str, Any]]:
-        loss_B, grads, word = gradients(plan, state.params, batch, key, state.loss_scale.scale)
-        loss, norm, word = agree(plan, loss_B, grads, word)
         lr = optim.learning_rate(cfg, state.step, plan.run.steps)
+        decay = optim.ema_rate(cfg, int(state.opt.count))
+        if host is not None:
+            state = state._replace(**host.settle(*state[1:4]))
+            update = offload.Update(state.opt.count, lr, decay, 1 / state.loss_scale.scale)
+            host.begin(state.params, state.opt, state.ema, update, plan.num_micro)
+        loss_B, grads, word = gradients(plan, state.params, batch, key, state.loss_scale.scale, host)
+        loss, norm, word = agree(plan, loss_B, grads, word, host)
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "draw_digest": f"{word:016x}"}
         finite = math.isfinite(loss) and math.isfinite(norm)
         if plan.dtype == torch.float16:
             metrics["loss_scale"] = state.loss_scale.scale
         if finite:
-            if cfg.clip:
-                optim.clip_(grads, norm, cfg.clip)
-            opt = update_(state.params, grads, state.opt, lr)
-            optim.ema_(state.ema, state.params, optim.ema_rate(cfg, int(opt.count) - 1))
+            state = advance(plan, state, grads, lr, decay, norm, host)
         else:
-            opt = state.opt
-            metrics["bad"] = name_bad(plan, grads) or ("grad_norm" if math.isfinite(loss) else "loss")
+            metrics["bad"] = name_bad(plan, grads, host) or ("grad_norm" if math.isfinite(loss) else "loss")
+            if host is not None:
+                host.discard()
         scale = next_scale(state.loss_scale, finite) if plan.dtype == torch.float16 else state.loss_scale
-        return TrainState(state.step + 1, state.params, opt, state.ema, scale), metrics
+        return state._replace(step=state.step + 1, loss_scale=scale), metrics
 
     return step
 
 
-def agree(plan: Plan, loss_B: Tensor, grads: tree.Tree, word: int) -> tuple[float, float, int]:
+def offloaded(plan: Plan) -> offload.Offload | None:
+    """The host's side of a run that keeps its state there."""
+    if plan.run.parallel.offload == "none":
+        return None
+    everything = range(len(tree.leaves(plan.declared)))
+    return offload.Offload(plan.layout, optimizer(plan), everything, plan.run.optimizer.clip > 0, plan.budget)
+
+
+def advance(
+    plan: Plan,
+    state: TrainState,
+    grads: tree.Tree,
+    lr: float,
+    decay: float,
+    norm: float,
+    host: offload.Offload | None = None,
+) -> TrainState:
+    """The state after an update by AdamW and EMA, given gradients and their global norm; leaves move in place."""
+    clip = plan.run.optimizer.clip
+    if host is not None:
+        return state._replace(**host.finish(grads, min(1.0, clip / norm) if clip else 1.0))
+    if clip:
+        optim.clip_(grads, norm, clip)
+    opt = optimizer(plan).update_(state.params, grads, state.opt, lr)
+    optim.ema_(state.ema, state.params, decay)
+    return state._replace(opt=opt)
+
+
+def agree(
+    plan: Plan, loss_B: Tensor, grads: tree.Tree, word: int, host: offload.Offload | None = None
+) -> tuple[float, float, int]:
     """(mean loss, global gradient norm, draw digest) over all ranks, by one small all-reduce; the same on each."""
     split, whole = plan.layout.squared_norm(grads)
+    host_split, host_whole = host.squared_norm() if host is not None else (0.0, 0.0)
     pieces = [(word >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]  # fp64 sums them exactly
-    told = torch.stack([loss_B.double().sum(), split.double(), *torch.tensor(pieces, dtype=torch.float64)])
+    told = torch.stack(
+        [loss_B.double().sum(), split.double() + host_split, *torch.tensor(pieces, dtype=torch.float64)]
+    )
     loss, square, *pieces = collectives.all_reduce_(told.to(plan.device), plan.layout.axis).tolist()
     word = sum(int(piece) << shift for piece, shift in zip(pieces, (0, 16, 32, 48)))
-    return loss / plan.run.global_batch, math.sqrt(square + float(whole)), word & (2**64 - 1)
+    norm = math.sqrt(square + float(whole) + host_whole)
+    return loss / plan.run.global_batch, norm, word & (2**64 - 1)
 
 
-def name_bad(plan: Plan, grads: tree.Tree) -> str | None:
+def name_bad(plan: Plan, grads: tree.Tree, host: offload.Offload | None = None) -> str | None:
     """The first bad tensor that any rank saw, in the order of ranks."""
-    found = collectives.gather_objects(plan.layout.axis, health.first_bad({"grad": grads}))
-    return next((name for name in found if name), None)
+    here = health.first_bad({"grad": grads})
+    if here is None and host is not None and (path := host.first_bad()):
+        here = f"grad.{path}"
+    return next((name for name in collectives.gather_objects(plan.layout.axis, here) if name), None)
 
 
 def gradients(
-    plan: Plan, params: tree.Tree, batch: Batch, key: random.Key, scale: float = 1.0
+    plan: Plan,
+    params: tree.Tree,
+    batch: Batch,
+    key: random.Key,
+    scale: float = 1.0,
+    host: offload.Offload | None = None,
 ) -> tuple[Tensor, tree.Tree, int]:
     """(loss a sample, this rank's parts of the gradients, draw digest) of this rank's share, one micro-batch at a time.
 
     Gradients are those of the sum of losses over the global batch size, summed over ranks; loss and digest are local.
+    Gradients of leaves that live on the host stay there and are None here.
     """
     layout = plan.layout
+    params = params if host is None else host.sources(params)
     held = layout.hold(params)
     total, all_losses, word = None, [], 0
-    for part in micro_batches(batch, plan.micro_batch):
+    parts = micro_batches(batch, plan.micro_batch)
+    for number, part in enumerate(parts):
         ids, x, y = (field.to(plan.device, non_blocking=True) for field in part)
         draws = draw(plan, ids, tuple(x.shape[1:]), key)
         word += digest(ids, draws, labels(plan, y, draws.dropped_B))
+        sink = None if host is None else host.sink(first=number == 0, last=number == len(parts) - 1)
 
-        def loss_sum(targets, x=x, y=y, draws=draws):
-            loss_B = losses(plan, *layout.view(targets, held, plan.ops), x, y, draws)
+        def loss_sum(targets, x=x, y=y, draws=draws, sink=sink):
+            loss_B = losses(plan, *layout.view(targets, held, plan.ops, sink), x, y, draws)
             return loss_B.sum() * (scale / plan.run.global_batch), loss_B.detach()
 
         _, loss_B, grads = value_and_grad(loss_sum, layout.targets(params, held))
         all_losses.append(loss_B)
-        total = grads if total is None else tree.map(torch.Tensor.add_, total, grads)
-        total = tree.map(lambda g, p: g.to(p.dtype), total, params)
+        total = add(total, grads, params)
     total = layout.reduce(total)
     if scale != 1:
-        torch._foreach_mul_(tree.leaves(total), 1 / scale)
+        torch._foreach_mul_([g for g in tree.leaves(total) if g is not None], 1 / scale)
     return torch.cat(all_losses), total, word & (2**64 - 1)
+
+
+def add(total: tree.Tree | None, grads: tree.Tree, params: tree.Tree) -> tree.Tree:
+    """Gradients so far and those of one more micro-batch, in the masters' dtype."""
+    if total is not None:
+        grads = tree.map(lambda a, b: None if b is None else a.add_(b), total, grads)
+    return tree.map(lambda g, p: None if g is None else g.to(p.dtype), grads, params)
 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:

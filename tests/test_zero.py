@@ -71,22 +71,24 @@ def one_rank():
     return {clip: three_steps(single(), with_(clip=clip)) for clip in (0.0, 0.5)}
 
 
-def with_(stage=0, micro=1, remat="none", clip=0.0, world=1):
+def with_(stage=0, micro=1, remat="none", clip=0.0, world=1, offload="none"):
     return dataclasses.replace(
         RUN,
         micro_batch=RUN.global_batch // world // micro,
         optimizer=dataclasses.replace(RUN.optimizer, clip=clip),
-        parallel=config.Parallel(zero=stage, remat=remat),
+        parallel=config.Parallel(zero=stage, remat=remat, offload=offload),
     )
 
 
-CASES = list(itertools.product((0, 1, 2, 3), (1, 2), ("none", "block"), (0.0, 0.5)))
+STAGES = ["0", "1", "2", "3", "2 offload", "3 offload"]
+CASES = list(itertools.product(STAGES, (1, 2), ("none", "block"), (0.0, 0.5)))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4], scope="session")
-@pytest.mark.parametrize("stage, micro, remat, clip", CASES)
-def test_equals_one_rank(ranks, one_rank, world, stage, micro, remat, clip):
-    run = with_(stage, micro, remat, clip, world)
+@pytest.mark.parametrize("how, micro, remat, clip", CASES)
+def test_equals_one_rank(ranks, one_rank, world, how, micro, remat, clip):
+    stage = int(how[0])
+    run = with_(stage, micro, remat, clip, world, "optimizer" if how.endswith("offload") else "none")
     found = ranks.run(world, three_steps, run)
     log, expected = one_rank[clip]
     for rank_log, _ in found:

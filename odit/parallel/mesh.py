@@ -6,7 +6,14 @@ A mesh is a value handed to whoever needs it; there is no current mesh, and an a
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,6 +22,12 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT_S = 600.0
+MARGIN_S = 30.0  # what groups wait longer than a step may take, so that health.Watch, which says more, comes first
+JOIN_S = 60.0  # a launcher keeps its store from before the ranks start: who does not reach it has lost the launcher
+
+
+class RanksLost(RuntimeError):
+    """Other ranks, or the launcher, that do not answer."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ def check_mesh(world: int, dp: int | None, sp: int) -> tuple[int, int]:
     return world // sp, sp
 
 
-def make_mesh(world: int, rank: int, dp: int | None, sp: int, *, timeout_s: float = TIMEOUT_S) -> Mesh:
+def make_mesh(world: int, rank: int, dp: int | None, sp: int, *, timeout_s: float | None = None) -> Mesh:
     """Makes the axes and their groups; every rank calls this once, at the same place of the program.
 
     Needs an initialised process group of ``world`` ranks when world > 1. Each axis has a group of its own, so that
@@ -79,6 +92,7 @@ def make_mesh(world: int, rank: int, dp: int | None, sp: int, *, timeout_s: floa
     num_dp, num_sp = check_mesh(world, dp, sp)
     if world == 1:
         return single()
+    timeout_s = timeout_s or patience_s() + MARGIN_S
     assert dist.is_initialized() and dist.get_world_size() == world, "start() comes before make_mesh()"
     dp_axis = _axis("dp", rank, [tuple(range(s, world, num_sp)) for s in range(num_sp)], timeout_s)
     sp_axis = _axis("sp", rank, [tuple(range(d * num_sp, (d + 1) * num_sp)) for d in range(num_dp)], timeout_s)
@@ -90,15 +104,17 @@ def make_mesh(world: int, rank: int, dp: int | None, sp: int, *, timeout_s: floa
 
 
 def start(
-    device: str | torch.device, timeout_s: float = TIMEOUT_S, *, share_gpu: bool | None = None
+    device: str | torch.device, timeout_s: float | None = None, *, share_gpu: bool | None = None
 ) -> tuple[int, int, int]:
     """(rank, world, local rank) from torchrun's environment, with the process group initialised when world > 1.
 
     NCCL where each rank has a GPU of its own (which becomes the current one), gloo on CPU, and gloo also where several
-    ranks share a GPU, which has to be asked for: ``share_gpu`` or ODIT_SHARE_GPU=1. Without torchrun: (0, 1, 0).
+    ranks share a GPU, which has to be asked for: ``share_gpu`` or ODIT_SHARE_GPU=1. Without torchrun: (0, 1, 0). Under
+    it this process ends with its launcher. Raises RanksLost where not all ranks come.
     """
     if "RANK" not in os.environ:
         return 0, 1, 0
+    end_with_launcher()
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     on_gpu = torch.device(device).type == "cuda"
     num_gpus = torch.cuda.device_count() if on_gpu else 0
@@ -109,8 +125,87 @@ def start(
         torch.cuda.set_device(local % num_gpus)
     if world > 1:
         own_gpu = torch.device("cuda", local) if chosen == "nccl" else None
-        dist.init_process_group(chosen, timeout=timedelta(seconds=timeout_s), device_id=own_gpu)
+        _join(rank, world, chosen, own_gpu, timeout_s or patience_s() + MARGIN_S)
     return rank, world, local
+
+
+def patience_s() -> float:
+    """Seconds that a step may take before its job is given up: ODIT_TIMEOUT_S, or 600."""
+    text = os.environ.get("ODIT_TIMEOUT_S") or str(TIMEOUT_S)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < 1e7:
+        raise ValueError(f"ODIT_TIMEOUT_S is {text!r}: use a positive number of seconds")
+    return seconds
+
+
+def end_with_launcher() -> None:
+    """Has the kernel kill this process when its parent ends, whatever ends that (Linux; nothing elsewhere)."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended just before, and no signal comes
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _join(rank: int, world: int, backend: str, own_gpu: torch.device | None, timeout_s: float) -> None:
+    """Initialises the process group over the launcher's store (rank 0's, where no launcher keeps one)."""
+    kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    wait_s = min(timeout_s, JOIN_S) if kept_by_launcher else timeout_s
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timedelta(seconds=wait_s)))
+    except dist.DistNetworkError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RanksLost(f"rank {rank} does not reach the store at {where} in {wait_s:g} s: {_brief(error)}") from error
+    store = dist.PrefixStore(f"odit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store.set_timeout(timedelta(seconds=timeout_s))
+    try:
+        store.set(f"came/{rank}", "")
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s), device_id=own_gpu
+        )
+    except RuntimeError as error:
+        late = [r for r in range(world) if not store.check([f"came/{r}"])]
+        who = f"{name_ranks(late)} of {world} did not come" if late else f"the {world} ranks do not reach each other"
+        raise RanksLost(f"{who} in {timeout_s:g} s: {_brief(error)}") from error
+
+
+def store() -> Any:
+    """The key-value store of a job, which outlives its groups; None on one rank."""
+    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+
+
+def wait_for(store: Any, key: str, seconds: float) -> bool:
+    """Whether the key is set before the time is up. Blocks this connection to the store."""
+    try:
+        store.wait([key], timedelta(seconds=seconds))
+    except dist.DistStoreError:
+        return False
+    return True
+
+
+def broken(error: BaseException) -> str | None:
+    """The axis and the words of an error that a collective or the store raised; None for any other error."""
+    if not isinstance(error, RuntimeError):
+        return None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""
+    ours = raised_in in (__name__, "odit.parallel.collectives") or raised_in.startswith("torch.distributed")
+    if not isinstance(error, dist.DistError) and not ours:
+        return None
+    axes = [value for frame in reversed(frames) for value in frame.f_locals.values() if isinstance(value, Axis)]
+    if not axes:
+        return f"the group of all ranks broke ({_brief(error)})"
+    return f"axis {axes[0].name} over {name_ranks(axes[0].ranks)} broke ({_brief(error)})"
+
+
+def _brief(error: Exception) -> str:
+    """The first sentence of an error's first line, without the place in a C++ source."""
+    line = (str(error).splitlines() or [""])[0]
+    return re.sub(r"^\[\S*\.\w+:\d+\] ", "", line).split(". ")[0].rstrip(". ") or type(error).__name__
 
 
 def backend(on_gpu: bool, local_world: int, num_gpus: int, share_gpu: bool) -> str:
@@ -135,17 +230,14 @@ def warm_up(mesh: Mesh) -> None:
         if axis.size == 1:
             continue
         one = torch.ones(1, device="cuda" if dist.get_backend(axis.group) == "nccl" else "cpu")
-        try:
-            dist.all_reduce(one, group=axis.group)
-            total = int(one.item())
-        except RuntimeError as error:
-            raise RuntimeError(f"axis {axis.name} over ranks {axis.ranks} does not answer: {error}") from error
+        dist.all_reduce(one, group=axis.group)
+        total = int(one.item())
         assert total == axis.size, f"axis {axis.name} counts {total} ranks and has {axis.size}"
 
 
 def stop() -> None:
-    """Ends the process group, if there is one."""
-    if dist.is_initialized():
+    """Ends the process group, if there is one; not while an error leaves: NCCL would wait for ranks that are gone."""
+    if dist.is_initialized() and sys.exc_info()[0] is None:
         dist.destroy_process_group()
 
 
@@ -169,3 +261,10 @@ def _nearest(world: int, asked: int) -> str:
 
 def _ranks(count: int) -> str:
     return f"{count} rank{'s' * (count != 1)}"
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """'rank 2', 'ranks 0, 1, 3', and 'ranks 0 to 7' where more than four follow one another."""
+    if len(ranks) > 4 and tuple(ranks) == tuple(range(ranks[0], ranks[-1] + 1)):
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"

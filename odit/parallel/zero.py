@@ -44,6 +44,7 @@ class Bundle:
     axis: Axis
     dtype: torch.dtype
     reduce_dtype: torch.dtype
+    device: torch.device
 
     @property
     def sizes(self) -> list[int]:
@@ -65,7 +66,7 @@ class Bundle:
         """Waits for the rows and lays them out as whole leaves, in a new storage or in that of ``into``."""
         handle, rows = pending
         handle.wait()
-        whole = self._room(rows) if into is None else into
+        whole = self._room() if into is None else into
         offset, rows = 0, rows.view(self.axis.size, -1)
         with torch.no_grad():
             for i in self.split:
@@ -86,7 +87,7 @@ class Bundle:
     def start_reduce(self, grads: list[Tensor]) -> tuple[Any, Any, Tensor, Tensor]:
         """Starts the sum over ranks of whole gradients: split leaves reduce-scattered, the others all-reduced."""
         rows = torch.empty(
-            self.axis.size, sum(self.sizes[i] for i in self.split), dtype=self.reduce_dtype, device=grads[0].device
+            self.axis.size, sum(self.sizes[i] for i in self.split), dtype=self.reduce_dtype, device=self.device
         )
         offset = 0
         for i in self.split:
@@ -95,12 +96,12 @@ class Bundle:
             offset += self.sizes[i]
         mine = rows.new_empty(rows.shape[1])
         scattered = collectives.reduce_scatter_flat(mine, rows.view(-1), self.axis, async_op=True)
-        others = self._row([g for g, s in zip(grads, self.specs) if s.dim is None], self.reduce_dtype, grads[0].device)
+        others = self._row([g for g, s in zip(grads, self.specs) if s.dim is None], self.reduce_dtype)
         reduced = collectives.all_reduce_(others, self.axis, async_op=True) if len(others) else None
         return scattered, reduced, mine, others
 
-    def finish_reduce(self, pending: tuple[Any, Any, Tensor, Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """Waits for the sums and cuts them into this rank's parts, in the dtype of the masters."""
+    def finish_reduce(self, pending: tuple[Any, Any, Tensor, Tensor]) -> list[Tensor]:
+        """Waits for the sums and cuts them into this rank's parts, in ``reduce_dtype``."""
         scattered, reduced, mine, others = pending
         scattered.wait()
         if reduced is not None:
@@ -109,17 +110,21 @@ class Bundle:
         for size, shape, s in zip(self.sizes, self.shapes, self.specs):
             kind = int(s.dim is None)
             flat = (mine, others)[kind][offsets[kind] : offsets[kind] + size]
-            result.append(flat.to(dtype).view(s.local_shape(shape)))
+            result.append(flat.view(s.local_shape(shape)))
             offsets[kind] += size
         return result
 
-    def _row(self, parts: list[Tensor], dtype: torch.dtype, device=None) -> Tensor:
-        if not parts:
-            return torch.empty(0, dtype=dtype, device=device)
-        return torch.cat([p.detach().to(dtype).reshape(-1) for p in parts])
+    def _row(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """The parts end to end on the device, wherever they are now."""
+        row = torch.empty(sum(p.numel() for p in parts), dtype=dtype, device=self.device)
+        slots = [slot.view(p.shape) for slot, p in zip(row.split([p.numel() for p in parts]), parts)]
+        if parts:
+            with torch.no_grad():
+                torch._foreach_copy_(slots, [p.detach() for p in parts], non_blocking=True)
+        return row
 
-    def _room(self, like: Tensor) -> Whole:
-        flat = torch.empty(sum(map(_product, self.shapes)), dtype=self.dtype, device=like.device)
+    def _room(self) -> Whole:
+        flat = torch.empty(sum(map(_product, self.shapes)), dtype=self.dtype, device=self.device)
         leaves, offset = [], 0
         for shape in self.shapes:
             size = _product(shape)
@@ -138,29 +143,41 @@ def refill_room_(whole: Whole) -> None:
     whole.flat.untyped_storage().resize_(whole.flat.numel() * whole.flat.element_size())
 
 
+Sink = Callable[[int, list[Tensor]], list[Tensor | None]]
+"""Takes bundle i's summed gradients as they come (-1: outside the blocks) and returns those that stay on the device;
+None where it took one away (``offload``)."""
+
+
 class Materialize(torch.autograd.Function):
     """Shards -> whole leaves. Backward sums the partial gradients over ranks: split leaves get their part."""
 
     @staticmethod
-    def forward(bundle: Bundle, held: Whole | None, *shards: Tensor) -> tuple[Tensor, ...]:
+    def forward(bundle: Bundle, held: Whole | None, sink: Sink | None, *shards: Tensor) -> tuple[Tensor, ...]:
         whole = bundle.gather(list(shards)) if held is None else held
         return tuple(leaf.detach() for leaf in whole.leaves)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.bundle, ctx.dtype = inputs[0], inputs[2].dtype
+        ctx.bundle, ctx.sink, ctx.dtypes = inputs[0], inputs[2], [shard.dtype for shard in inputs[3:]]
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.bundle.finish_reduce(ctx.bundle.start_reduce(list(grads)), ctx.dtype)
+        summed = ctx.bundle.finish_reduce(ctx.bundle.start_reduce(list(grads)))
+        return None, None, None, *_deliver(ctx.sink, -1, summed, ctx.dtypes)
 
 
-def materialize(bundle: Bundle, shards: tree.Tree, held: Whole | None = None) -> tree.Tree:
+def _deliver(sink: Sink | None, i: int, grads: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor | None]:
+    """Bundle i's gradients for autograd, in the dtypes of the masters, without those that the sink took."""
+    kept = grads if sink is None else sink(i, grads)
+    return [None if g is None else g.to(dtype) for g, dtype in zip(kept, dtypes)]
+
+
+def materialize(bundle: Bundle, shards: tree.Tree, held: Whole | None = None, sink: Sink | None = None) -> tree.Tree:
     """The whole leaves of a tree of shards, in the working dtype; ``held`` are whole leaves gathered before.
 
     Forward: cast, all-gather (or nothing, with ``held``). Backward: reduce-scatter, all-reduce for unsplit leaves.
     """
-    return tree.unflatten(shards, list(Materialize.apply(bundle, held, *tree.leaves(shards))))
+    return tree.unflatten(shards, list(Materialize.apply(bundle, held, sink, *tree.leaves(shards))))
 
 
 @dataclass(frozen=True)
@@ -181,7 +198,7 @@ class Local:
         """Keeps the gradients."""
         return grads
 
-    def receive(self, i: int, sending: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def receive(self, i: int, sending: list[Tensor], shards: list[Tensor]) -> list[Tensor]:
         """The gradients as they are."""
         return sending
 
@@ -195,6 +212,7 @@ class Sharded:
 
     bundles: tuple[Bundle, ...]
     held: tuple[Whole, ...] | None
+    sink: Sink | None = None
 
     def start(self, i: int, shards: list[Tensor]) -> Any:
         """Starts block i's gather."""
@@ -221,11 +239,11 @@ class Sharded:
         collectives.mark(f"reduce {i}")
         return self.bundles[i].start_reduce(grads)
 
-    def receive(self, i: int, sending: Any, dtype: torch.dtype) -> list[Tensor]:
-        """This rank's parts of block i's summed gradients."""
-        grads = self.bundles[i].finish_reduce(sending, dtype)
+    def receive(self, i: int, sending: Any, shards: list[Tensor]) -> list[Tensor | None]:
+        """This rank's parts of block i's summed gradients, in the dtypes of the masters."""
+        grads = self.bundles[i].finish_reduce(sending)
         collectives.mark(f"received {i}")
-        return grads
+        return _deliver(self.sink, i, grads, [shard.dtype for shard in shards])
 
 
 def run_layers(ops: Ops, blocks: Local | Sharded, remat: bool = False) -> Ops:
@@ -319,9 +337,9 @@ class _Layers(torch.autograd.Function):
             dargs = [_add(a, b) for a, b in zip(dargs, new_dargs)]
             del keep
             if sending is not None:
-                dshards[i + 1] = blocks.receive(i + 1, sending, shards[i + 1][0].dtype)
+                dshards[i + 1] = blocks.receive(i + 1, sending, shards[i + 1])
             sending = blocks.send(i, dwhole)
-        dshards[0] = blocks.receive(0, sending, shards[0][0].dtype)
+        dshards[0] = blocks.receive(0, sending, shards[0])
         return None, None, None, None, None, dy, *dargs, *(d for block in dshards for d in block)
 
 
@@ -392,12 +410,14 @@ class Layout:
     dtype: torch.dtype
     reduce_dtype: torch.dtype
     remat: bool
+    device: torch.device
 
     def bundle(self, name: str, index: int | None = None) -> Bundle:
         """The bundle of block ``index`` of the list ``name``, or of all that is outside the list."""
         pick = (lambda t: t[name][index]) if index is not None else (lambda t: _without(t, name))
         shapes = tuple(p.shape for p in tree.leaves(pick(self.declared)))
-        return Bundle(shapes, tuple(tree.leaves(pick(self.specs))), self.axis, self.dtype, self.reduce_dtype)
+        specs = tuple(tree.leaves(pick(self.specs)))
+        return Bundle(shapes, specs, self.axis, self.dtype, self.reduce_dtype, self.device)
 
     def hold(self, shards: tree.Tree) -> Held:
         """The working weights that stand for a whole step: all (stages 0 to 2) or those outside the blocks (3)."""
@@ -417,15 +437,15 @@ class Layout:
         """What gradients are taken of: whole working weights (stages 0 and 1) or shards."""
         return held.whole if self.stage <= 1 else shards
 
-    def view(self, targets: tree.Tree, held: Held, ops: Ops) -> tuple[tree.Tree, Ops]:
-        """Parameters and record for a model's forward pass."""
+    def view(self, targets: tree.Tree, held: Held, ops: Ops, sink: Sink | None = None) -> tuple[tree.Tree, Ops]:
+        """Parameters and record for a model's forward pass; gradients of stages 2 and 3 go through ``sink``."""
         if self.stage <= 1:
             return targets, run_layers(ops, Local(), True) if self.remat else ops
         outside = _without(targets, BLOCKS)
-        params = materialize(self.bundle(BLOCKS), outside, held.outer)
+        params = materialize(self.bundle(BLOCKS), outside, held.outer, sink)
         params = {k: targets[k] if k == BLOCKS else params[k] for k in targets}
         bundles = tuple(self.bundle(BLOCKS, i) for i in range(len(targets[BLOCKS])))
-        return params, run_layers(ops, Sharded(bundles, held.inner), self.remat)
+        return params, run_layers(ops, Sharded(bundles, held.inner, sink), self.remat)
 
     def reduce(self, grads: tree.Tree) -> tree.Tree:
         """Accumulated gradients of ``targets`` as this rank's parts of the sums over ranks; once a step."""
@@ -445,10 +465,13 @@ class Layout:
         return tree.map(lambda whole, s: s.take(whole, self.axis.rank).contiguous(), wholes, specs)
 
     def squared_norm(self, grads: tree.Tree) -> tuple[Tensor, Tensor]:
-        """Sums of squares of this rank's parts of split leaves, to be summed over ranks, and of whole leaves."""
-        found = list(zip(tree.leaves(grads), tree.leaves(self.specs)))
+        """Sums of squares of this rank's parts of split leaves, to be summed over ranks, and of whole leaves.
+
+        A gradient that is None (offloaded) is not counted.
+        """
+        found = [(g, s) for g, s in zip(tree.leaves(grads), tree.leaves(self.specs)) if g is not None]
         parts = [[g for g, s in found if (s.dim is None) == kept] for kept in (False, True)]
-        zero = found[0][0].new_zeros(())
+        zero = torch.zeros((), device=self.device)
         split, whole = (optim.squared_norm(p) if p else zero for p in parts)
         return split, whole
 
@@ -465,11 +488,17 @@ BLOCKS = "blocks"
 
 
 def layout(
-    declared: tree.Tree, stage: int, axis: Axis, dtype: torch.dtype, reduce_dtype: torch.dtype, remat: bool = False
+    declared: tree.Tree,
+    stage: int,
+    axis: Axis,
+    dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    device: torch.device,
+    remat: bool = False,
 ) -> Layout:
-    """The layout of a declared model at a stage."""
+    """The layout of a declared model at a stage, computed on ``device``."""
     found = spec.specs(declared, axis.size, split=stage > 0)
-    return Layout(stage, axis, declared, found, dtype, reduce_dtype, remat)
+    return Layout(stage, axis, declared, found, dtype, reduce_dtype, remat, device)
 
 
 def _without(t: dict, name: str) -> dict:

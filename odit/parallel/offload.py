@@ -1,0 +1,295 @@
+"""Offload: masters, moments and EMA in host memory, updated there by the CPU while backward goes on.
+
+(ColossalAI's Gemini and HybridAdam; ZeRO-Offload, Ren et al. 2021.) What the device sees of a leaf that lives on the
+host are its working copy, which gathers read block by block, and its gradient, which leaves as its block's backward
+ends. The schedule of one step:
+
+  forward, backward   block i's working copy goes up while its neighbour computes (``zero``)
+  backward            block i's summed gradient goes down into one of two staging buffers; meanwhile a thread takes
+                      block i+1's from the other, adds it to what earlier micro-batches left, and after the last
+                      micro-batch adds up its squared norm and, without clipping, runs AdamW, EMA and the cast
+  after it            all ranks agree whether the step counts, by the global norm
+
+Without clipping the update runs before that verdict, so it is written beside the old state and the verdict picks one
+of the two (16 bytes a parameter more host memory; the idea of validating afterwards is SuperOffload's, Lian et al.
+2025). With clipping the factor is known only after backward, so the update waits for it and runs in place.
+
+Only working copies and staging buffers are page-locked: no copy engine ever touches the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from odit import optim, tree
+from odit.parallel import zero
+
+CHUNK = 1 << 21  # elements a pass: five fp32 arrays of them stay in a server's last-level cache
+MEASURED = 2  # steps with everything on the host before a budget is filled
+MARGIN = 0.06  # of a budget that stays free, for what the allocator cannot use
+TAIL = 64  # the fused kernel rounds the last elements of an odd length differently: they go through a padded copy
+
+
+class Leaves(NamedTuple):
+    """A leaf's master, moments and EMA, flat (fp32)."""
+
+    p: Tensor
+    m: Tensor
+    v: Tensor
+    ema: Tensor
+
+
+class Update(NamedTuple):
+    """What an update needs beside gradients; the same for every leaf of a step."""
+
+    count: Tensor
+    lr: float
+    ema_decay: float
+    unscale: float  # 1 / loss scale
+
+
+class Offload:
+    """The host's side of a training run; ``host`` are indices of the leaves that live there, all or, after ``settle``
+    under a ``budget`` of device bytes, those that do not fit.
+
+    One step: ``sources`` gives what gathers read, ``begin``, then ``sink`` of each micro-batch during its backward,
+    ``squared_norm``, and ``finish`` or ``discard``. State that was handed in is overwritten, at once or by the next step.
+    """
+
+    def __init__(
+        self,
+        layout: zero.Layout,
+        optimizer: optim.Optimizer,
+        host: Iterable[int],
+        clips: bool,
+        budget: float | None = None,
+    ):
+        assert layout.stage >= 2, "gradients leave block by block in stages 2 and 3 alone"
+        self.layout, self.optimizer, self.host, self.clips = layout, optimizer, set(host), clips
+        self.paths = tree.paths(layout.declared)
+        self.specs = tree.leaves(layout.specs)
+        self.sizes = [math.prod(s.local_shape(p.shape)) for p, s in zip(tree.leaves(layout.declared), self.specs)]
+        numbered = tree.unflatten(layout.declared, list(range(len(self.sizes))))
+        self.bundles = [tree.leaves(block) for block in numbered[zero.BLOCKS]]
+        self.bundles.append(tree.leaves({k: v for k, v in numbered.items() if k != zero.BLOCKS}))
+        self.on_gpu = layout.device.type == "cuda"
+        self.down = torch.cuda.Stream(layout.device) if self.on_gpu else None
+        most = max(sum(self.sizes[n] for n in bundle) for bundle in self.bundles)
+        self.staging = [self._pinned(most, layout.reduce_dtype) for _ in range(2)]
+        self.working = {}
+        for bundle in self.bundles:
+            flat = self._pinned(sum(self.sizes[n] for n in bundle), layout.dtype)
+            self.working |= dict(zip(bundle, flat.split([self.sizes[n] for n in bundle])))
+        self.totals: dict[int, Tensor] = {}
+        self.spare: dict[int, Leaves] = {}
+        self.cast_from: tree.Tree = None  # the parameters that ``working`` was cast from
+        self.budget, self.steps = budget, 0
+        self.thread = ThreadPoolExecutor(1, "offload")
+        self.jobs: list[Future] = []
+
+    def sources(self, params: tree.Tree) -> tree.Tree:
+        """What gathers read: working copies of host leaves, masters of the others."""
+        leaves = tree.leaves(params)
+        if self.cast_from is not params:
+            for n in self.host:
+                self.working[n].copy_(leaves[n].view(-1))
+            self.cast_from = params
+        return tree.unflatten(
+            params, [self.working[n].view(p.shape) if n in self.host else p for n, p in enumerate(leaves)]
+        )
+
+    def begin(self, params: tree.Tree, opt: optim.AdamState, ema: tree.Tree, update: Update, num_micro: int) -> None:
+        """Starts a step."""
+        self.trees = (params, opt.m, opt.v, ema)
+        self.state = [Leaves(*(x.view(-1) for x in four)) for four in zip(*map(tree.leaves, self.trees), strict=True)]
+        self.update, self.squares, self.keeps = update, {}, self.clips or num_micro > 1
+        assert not self.jobs, "the last step was not ended"
+
+    def sink(self, first: bool, last: bool) -> zero.Sink:
+        """What takes a micro-batch's gradients; ``first`` and ``last`` say which of the step's it is."""
+
+        def take(i: int, grads: list[Tensor]) -> list[Tensor | None]:
+            bundle = self.bundles[i]
+            mine = [(n, g) for n, g in zip(bundle, grads) if n in self.host]
+            if mine:
+                if len(self.jobs) >= 2:
+                    self.jobs[-2].result()  # its staging buffer is free again
+                staged, arrived = self._send_down(mine, self.staging[len(self.jobs) % 2])
+                self.jobs.append(self.thread.submit(self._absorb, staged, arrived, list(grads), first, last))
+            return [None if n in self.host else g for n, g in zip(bundle, grads)]
+
+        return take
+
+    def squared_norm(self) -> tuple[float, float]:
+        """Sums of squares of host gradients of split and of whole leaves, once all have arrived."""
+        for job in self.jobs:
+            job.result()
+        self.jobs.clear()
+        sums = [0.0, 0.0]
+        for n, square in sorted(self.squares.items()):
+            sums[self.specs[n].dim is None] += square
+        return sums[0], sums[1]
+
+    def first_bad(self) -> str | None:
+        """Path of the first host leaf whose gradient is not finite."""
+        return next((self.paths[n] for n in sorted(self.squares) if not math.isfinite(self.squares[n])), None)
+
+    def finish(self, grads: tree.Tree, clip: float) -> dict[str, Any]:
+        """Ends a step that counts: updated ``params``, ``opt`` and ``ema``, here and on the device.
+
+        ``grads`` are those of the leaves on the device, ``clip`` scales all.
+        """
+        there = [(s, g) for n, (s, g) in enumerate(zip(self.state, tree.leaves(grads))) if n not in self.host]
+        if there:
+            leaves, grads = zip(*there)
+            if clip != 1:
+                torch._foreach_mul_(list(grads), clip)
+            p, m, v, ema = ([s[k] for s in leaves] for k in range(4))
+            self._adamw_(p, [g.view(-1) for g in grads], m, v)
+            optim.ema_(ema, p, self.update.ema_decay)
+        new = self._finish_host(clip)
+        params, m, v, ema = (
+            tree.unflatten(self.trees[k], [leaf[k].view(x.shape) for leaf, x in zip(new, tree.leaves(self.trees[k]))])
+            for k in range(4)
+        )
+        self.cast_from = params
+        return {"params": params, "opt": optim.AdamState(m, v, self.update.count + 1), "ema": ema}
+
+    @torch.no_grad()
+    def _finish_host(self, clip: float) -> list[Leaves]:
+        if not self.clips:
+            new = [self.spare[n] if n in self.host else s for n, s in enumerate(self.state)]
+            self.spare = {n: self.state[n] for n in self.host}
+            return new
+        for n in sorted(self.host):
+            for part in _chunks(self.sizes[n]):
+                grad = self.totals[n][part]
+                if clip != 1:
+                    grad.mul_(clip)
+                self._update_(n, part, self.state[n], grad)
+        return self.state
+
+    def discard(self) -> None:
+        """Ends a step that does not count; working copies are cast again from the old masters."""
+        self.cast_from = None
+
+    def settle(self, params: tree.Tree, opt: optim.AdamState, ema: tree.Tree) -> dict[str, Any]:
+        """Before a step: with a budget and after the first ones, moves to the device what fits beside their peak."""
+        self.steps += 1
+        if self.budget is None or self.steps != MEASURED + 1:
+            return {}
+        peak = torch.cuda.max_memory_allocated(self.layout.device)
+        return self.move(self.fitting(self.budget * (1 - MARGIN) - peak), params, opt, ema)
+
+    def fitting(self, room: float) -> set[int]:
+        """Host leaves, in order, that fit into ``room`` bytes with their gradients."""
+        found = set()
+        for n in sorted(self.host):
+            size = self.sizes[n] * (16 + 4)
+            if size <= room:
+                found.add(n)
+                room -= size
+        return found
+
+    def move(self, leaves: set[int], params: tree.Tree, opt: optim.AdamState, ema: tree.Tree) -> dict[str, Any]:
+        """``params``, ``opt`` and ``ema`` with some leaves moved to the device, where they stay."""
+        self.host -= leaves
+        for n in leaves:
+            for held in (self.working, self.totals, self.spare):
+                held.pop(n, None)
+
+        def moved(t: tree.Tree) -> tree.Tree:
+            return tree.unflatten(
+                t, [x.to(self.layout.device) if n in leaves else x for n, x in enumerate(tree.leaves(t))]
+            )
+
+        self.cast_from = None
+        return {"params": moved(params), "opt": opt._replace(m=moved(opt.m), v=moved(opt.v)), "ema": moved(ema)}
+
+    def host_bytes(self, num_micro: int) -> int:
+        """Host memory in bytes: state, working copies, and the totals or the second state that updates need."""
+        size = sum(self.sizes[n] for n in self.host)
+        totals = 4 if self.clips or num_micro > 1 else 0
+        return size * (16 + (0 if self.clips else 16) + totals + self.layout.dtype.itemsize)
+
+    def _pinned(self, size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, pin_memory=self.on_gpu)
+
+    def _send_down(self, mine: list[tuple[int, Tensor]], room: Tensor) -> tuple[list[tuple[int, Tensor]], Any]:
+        """Starts the copies into a staging buffer; returns them by leaf, and the event of their arrival."""
+        slots = room[: sum(g.numel() for _, g in mine)].split([g.numel() for _, g in mine])
+        if self.down is None:
+            for slot, (_, g) in zip(slots, mine):
+                slot.copy_(g.reshape(-1))
+            return [(n, slot) for slot, (n, _) in zip(slots, mine)], None
+        self.down.wait_stream(torch.cuda.current_stream(self.layout.device))
+        with torch.cuda.stream(self.down):
+            for slot, (_, g) in zip(slots, mine):
+                slot.copy_(g.reshape(-1), non_blocking=True)
+            arrived = self.down.record_event()
+        return [(n, slot) for slot, (n, _) in zip(slots, mine)], arrived
+
+    @torch.no_grad()
+    def _absorb(self, staged: list, arrived: Any, kept_alive: list[Tensor], first: bool, last: bool) -> None:
+        """In the thread: takes a bundle's gradients out of staging, as the module's head tells."""
+        if arrived is not None:
+            arrived.synchronize()
+        kept_alive.clear()  # the device may have its memory back
+        for n, found in staged:
+            square = 0.0
+            for part in _chunks(self.sizes[n]):
+                grad = self._added(n, part, found[part], first)
+                if not last:
+                    continue
+                if self.update.unscale != 1:
+                    grad.mul_(self.update.unscale)
+                square += float(torch.linalg.vector_norm(grad)) ** 2
+                if not self.clips:
+                    self._update_(n, part, self._beside(n, part), grad)
+            if last:
+                self.squares[n] = square
+
+    def _added(self, n: int, part: slice, found: Tensor, first: bool) -> Tensor:
+        """A chunk of the gradient in the masters' dtype, with what earlier micro-batches left."""
+        dtype = self.state[n].p.dtype
+        if not self.keeps:
+            return found.to(dtype)
+        if n not in self.totals:
+            self.totals[n] = torch.empty(self.sizes[n], dtype=dtype)
+        total = self.totals[n][part]
+        return total.copy_(found) if first else total.add_(found)
+
+    def _beside(self, n: int, part: slice) -> Leaves:
+        """A second copy of a leaf's state, with ``part`` of it filled."""
+        if n not in self.spare:
+            self.spare[n] = Leaves(*(torch.empty_like(x) for x in self.state[n]))
+        for new, old in zip(self.spare[n], self.state[n]):
+            new[part].copy_(old[part])
+        return self.spare[n]
+
+    def _update_(self, n: int, part: slice, leaf: Leaves, grad: Tensor) -> None:
+        """AdamW, EMA and the cast of one chunk, while it is in the cache."""
+        p, m, v, ema = (x[part] for x in leaf)
+        full = len(p) - len(p) % TAIL
+        if full:
+            self._adamw_(*([x[:full]] for x in (p, grad, m, v)))
+        if rest := len(p) - full:
+            padded = [torch.nn.functional.pad(x[full:], (0, TAIL - rest)) for x in (p, grad, m, v)]
+            self._adamw_(*([x] for x in padded))
+            for x, found in zip((p, grad, m, v), padded):
+                x[full:] = found[:rest]
+        optim.ema_([ema], [p], self.update.ema_decay)
+        self.working[n][part].copy_(p)
+
+    def _adamw_(self, p: list[Tensor], grad: list[Tensor], m: list[Tensor], v: list[Tensor]) -> None:
+        self.optimizer.update_(p, grad, optim.AdamState(m, v, self.update.count), self.update.lr)
+
+
+def _chunks(size: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
