@@ -172,6 +172,19 @@ def _published(size: str, patch: int) -> Run:
     )
 
 
+def _three_billion() -> Run:
+    """Larger than any DiT of the paper: heads of 72 as DiT-XL, state on the host, blocks recomputed in backward."""
+    return dataclasses.replace(
+        _published("xl", 2),
+        out=Path("runs/dit-3b-2"),
+        global_batch=32,
+        precision="bf16",
+        model=dit.Config(width=2304, depth=32, heads=32, patch=2),
+        optimizer=optim.Config(lr=1e-4, clip=1.0, ema_decay=0.9999, ema_warmup=False),
+        parallel=Parallel(zero=3, remat="block", offload="optimizer"),
+    )
+
+
 def presets() -> dict[str, tuple[str, Run]]:
     """Name -> (description, run)."""
     sizes = {
@@ -183,6 +196,7 @@ def presets() -> dict[str, tuple[str, Run]]:
         "digits": ("1,797 real handwritten digits, 8x8, minutes on a CPU.", _digits()),
         "folder": ("Your folder of pictures (one sub-folder a class, or flat).", _folder()),
         **sizes,
+        "dit-3b-2": ("A DiT of 3 billion parameters that trains on one GPU of 24 GiB.", _three_billion()),
     }
 
 

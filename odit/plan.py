@@ -15,7 +15,7 @@ from odit.config import Parallel, Run, Sampling
 from odit.diffusion import solvers
 from odit.diffusion.flow import Flow
 from odit.models import dit
-from odit.ops import Ops
+from odit.ops import Ops, attend_sdpa
 from odit.parallel import zero
 from odit.parallel.mesh import Mesh, check_mesh, single
 from odit.parallel.spec import unsplit
@@ -244,15 +244,19 @@ def compose(run: Run, shape: dit.Shape, mesh: Mesh | None = None) -> Plan:
     objective = diffusion.build(run.diffusion)
     if not shape.num_classes:
         notes.append("guidance: none (the data has no classes)")
-    if run.kernels == "auto":
-        notes.append("kernels: reference (this version has no fused kernels yet)")
+    ops = Ops()
+    if run.kernels == "auto" and device.type == "cuda":
+        ops = Ops(attend=attend_sdpa)
+        notes.append("kernels: PyTorch's attention (auto on a GPU), the rest reference")
+    elif run.kernels == "auto":
+        notes.append("kernels: reference (auto on a CPU)")
     return Plan(
         run=run,
         device=device,
         shape=shape,
         declared=dit.declare(run.model, shape),
         objective=objective if isinstance(objective, Flow) else objective.to(device),
-        ops=Ops(),
+        ops=ops,
         dtype=DTYPES[run.precision],
         mesh=mesh,
         notes=tuple(notes),

@@ -12,7 +12,7 @@ from torch import Tensor
 from odit import health, optim, random, tree
 from odit.data import Batch
 from odit.ops import Ops
-from odit.parallel import collectives, offload, spec
+from odit.parallel import collectives, offload, spec, zero
 from odit.plan import Plan
 
 GROW_AFTER = 2000  # finite steps before the fp16 loss scale doubles, as torch.amp.GradScaler
@@ -191,9 +191,7 @@ def agree(
     split, whole = plan.layout.squared_norm(grads)
     host_split, host_whole = host.squared_norm() if host is not None else (0.0, 0.0)
     pieces = [(word >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]  # fp64 sums them exactly
-    told = torch.stack(
-        [loss_B.double().sum(), split.double() + host_split, *torch.tensor(pieces, dtype=torch.float64)]
-    )
+    told = torch.stack([loss_B.double().sum(), split.double() + host_split, *torch.tensor(pieces, dtype=torch.float64)])
     loss, square, *pieces = collectives.all_reduce_(told.to(plan.device), plan.layout.axis).tolist()
     word = sum(int(piece) << shift for piece, shift in zip(pieces, (0, 16, 32, 48)))
     norm = math.sqrt(square + float(whole) + host_whole)
@@ -231,18 +229,32 @@ def gradients(
         draws = draw(plan, ids, tuple(x.shape[1:]), key)
         word += digest(ids, draws, labels(plan, y, draws.dropped_B))
         sink = None if host is None else host.sink(first=number == 0, last=number == len(parts) - 1)
-
-        def loss_sum(targets, x=x, y=y, draws=draws, sink=sink):
-            loss_B = losses(plan, *layout.view(targets, held, plan.ops, sink), x, y, draws)
-            return loss_B.sum() * (scale / plan.run.global_batch), loss_B.detach()
-
-        _, loss_B, grads = value_and_grad(loss_sum, layout.targets(params, held))
+        loss_B, grads = part_gradients(plan, params, held, x, y, draws, scale, sink)
         all_losses.append(loss_B)
         total = add(total, grads, params)
     total = layout.reduce(total)
     if scale != 1:
         torch._foreach_mul_([g for g in tree.leaves(total) if g is not None], 1 / scale)
     return torch.cat(all_losses), total, word & (2**64 - 1)
+
+
+def part_gradients(
+    plan: Plan,
+    params: tree.Tree,
+    held: zero.Held,
+    x_BCHW: Tensor,
+    y_B: Tensor,
+    draws: Draws,
+    scale: float = 1.0,
+    sink: zero.Sink | None = None,
+) -> tuple[Tensor, tree.Tree]:
+    """(loss a sample, gradients) of one micro-batch, by a forward and a backward pass."""
+
+    def loss_sum(targets):
+        loss_B = losses(plan, *plan.layout.view(targets, held, plan.ops, sink), x_BCHW, y_B, draws)
+        return loss_B.sum() * (scale / plan.run.global_batch), loss_B.detach()
+
+    return value_and_grad(loss_sum, plan.layout.targets(params, held))[1:]
 
 
 def add(total: tree.Tree | None, grads: tree.Tree, params: tree.Tree) -> tree.Tree:

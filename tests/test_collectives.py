@@ -434,7 +434,7 @@ def recorded_on_a_rank(mesh) -> list[c.Event]:
             c.all_reduce_(x, mesh.all)
         handle.wait()
     c.all_reduce_(x, mesh.all)
-    assert [e.op for e in inner] == ["all_reduce", "all_reduce"]
+    assert [e.op for e in inner] == ["all_reduce"] * 3
     return events
 
 
@@ -444,14 +444,34 @@ def test_recorder_keeps_the_order_of_starts_waits_and_marks(ranks):
             ("all_gather", "started"),
             ("mark", "mark"),
             ("all_reduce", "started"),
+            ("all_reduce", "waiting"),
             ("all_reduce", "waited"),
+            ("all_gather", "waiting"),
             ("all_gather", "waited"),
         ]
-        assert events[1].note == "block 0" and events[0].number == events[4].number != events[2].number
+        assert events[1].note == "block 0" and events[0].number == events[6].number != events[2].number
         assert (events[0].axis, events[0].elements, events[0].bytes) == ("all", 4, 8)
         assert [e.time for e in events] == sorted(e.time for e in events)
         assert c.totals(events, "all") == {"all_gather": c.Total(1, 4, 8), "all_reduce": c.Total(1, 4, 8)}
         assert c.totals(events, "sp") == {}
+
+
+def exposed_on_a_rank(mesh) -> tuple[float, float]:
+    """Exposed seconds of a hop alone and of one beside work of half its time."""
+    found = []
+    for work in (0.0, 0.1):
+        c.barrier(mesh.all)
+        with c.slow_link(seconds=0.2), c.recording() as events:
+            handle = c.start_shift(torch.ones(10), mesh.all)
+            time.sleep(work)
+            handle.wait()
+        found.append(c.exposed_s(events))
+    return tuple(found)
+
+
+def test_exposed_time_is_what_work_does_not_hide(ranks):
+    for alone, beside in ranks.run(2, exposed_on_a_rank):
+        assert 0.19 < alone < 0.35 and 0.05 < beside < 0.15 and beside < alone
 
 
 def slow_on_a_rank(mesh) -> list[float]:

@@ -405,6 +405,8 @@ def _launch(
 
     Gloo has no send and receive for CUDA tensors and only some collectives: all of them go through pinned host memory.
     """
+    if x.is_meta:  # a plan of memory: nothing moves
+        return _given(out, async_op)
     number = next(_numbers)
     _emit(op, axis.name, received, received * x.element_size(), "started", number)
     arrives = _link.arrival(received * x.element_size()) if _link is not None else 0.0
@@ -413,13 +415,14 @@ def _launch(
     works = call(there, there if out is x else here, async_op)
 
     def finish() -> None:
+        _emit(op, axis.name, 0, 0, "waiting", number, device=x.device)
         for work in works if async_op else ():
             work.wait()
         if arrives:
             time.sleep(max(0.0, arrives - time.perf_counter()))
         if on_host:
             out.copy_(there)
-        _emit(op, axis.name, received, received * x.element_size(), "waited", number)
+        _emit(op, axis.name, received, received * x.element_size(), "waited", number, device=x.device)
 
     handle = Handle(out, finish)
     return handle if async_op else handle.wait()
@@ -444,10 +447,11 @@ class Event(NamedTuple):
     axis: str  # its name; empty for a mark
     elements: int
     bytes: int
-    phase: str  # started, waited or mark; a call that does not return a handle has both, one after the other
-    number: int  # of the transfer: joins its two events
+    phase: str  # started, waiting, waited or mark; a call that does not return a handle has all, one after the other
+    number: int  # of the transfer: joins its events
     time: float  # time.perf_counter
     note: str  # of a mark
+    passed: Any  # on a GPU, where waiting is the stream's: torch.cuda.Event of the current stream; else None
 
 
 class Total(NamedTuple):
@@ -488,6 +492,20 @@ def totals(events: list[Event], axis: str | None = None) -> dict[str, Total]:
     return found
 
 
+def exposed_s(events: list[Event]) -> float:
+    """Seconds that computing stood still for transfers: from the call of ``wait`` until they were there."""
+    starts = {e.number: e for e in events if e.phase == "waiting"}
+    total = 0.0
+    for end in (e for e in events if e.phase == "waited"):
+        start = starts[end.number]
+        if end.passed is None:
+            total += end.time - start.time
+        else:
+            end.passed.synchronize()
+            total += start.passed.elapsed_time(end.passed) / 1e3
+    return total
+
+
 @contextmanager
 def slow_link(seconds: float = 0.0, bytes_per_s: float = float("inf")) -> Iterator[None]:
     """For tests of overlap: a transfer takes ``seconds`` + bytes / ``bytes_per_s``, and one starts as another is there.
@@ -517,8 +535,21 @@ _numbers = itertools.count()
 _link: _Link | None = None
 
 
-def _emit(op: str, axis: str, elements: int, num_bytes: int, phase: str, number: int, note: str = "") -> None:
+def _emit(
+    op: str,
+    axis: str,
+    elements: int,
+    num_bytes: int,
+    phase: str,
+    number: int,
+    note: str = "",
+    device: torch.device | None = None,
+) -> None:
     if _recorders:
-        event = Event(op, axis, elements, num_bytes, phase, number, time.perf_counter(), note)
+        passed = None
+        if device is not None and device.type == "cuda":
+            passed = torch.cuda.Event(enable_timing=True)
+            passed.record()
+        event = Event(op, axis, elements, num_bytes, phase, number, time.perf_counter(), note, passed)
         for events in list(_recorders):
             events.append(event)

@@ -212,12 +212,6 @@ class Offload:
         self.cast_from = None
         return {"params": moved(params), "opt": opt._replace(m=moved(opt.m), v=moved(opt.v)), "ema": moved(ema)}
 
-    def host_bytes(self, num_micro: int) -> int:
-        """Host memory in bytes: state, working copies, and the totals or the second state that updates need."""
-        size = sum(self.sizes[n] for n in self.host)
-        totals = 4 if self.clips or num_micro > 1 else 0
-        return size * (16 + (0 if self.clips else 16) + totals + self.layout.dtype.itemsize)
-
     def _pinned(self, size: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, pin_memory=self.on_gpu)
 
@@ -289,6 +283,11 @@ class Offload:
 
     def _adamw_(self, p: list[Tensor], grad: list[Tensor], m: list[Tensor], v: list[Tensor]) -> None:
         self.optimizer.update_(p, grad, optim.AdamState(m, v, self.update.count), self.update.lr)
+
+
+def host_bytes(num: int, layout: zero.Layout, clips: bool, num_micro: int) -> int:
+    """Host memory of ``num`` elements in bytes: state and working copy, and the totals or second state of updates."""
+    return num * (16 + layout.dtype.itemsize + (0 if clips else 16) + (4 if clips or num_micro > 1 else 0))
 
 
 def _chunks(size: int) -> list[slice]:

@@ -1,0 +1,148 @@
+"""A plan of memory: one training step run on meta tensors, with every storage weighed.
+
+Nothing is computed and nothing allocated; the bytes of the storages alive at this step's fullest moment are what the
+real one needs. The allocator's rounding and kernels' own workspaces are not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from odit import ops, random, train, tree
+from odit.parallel import offload, zero
+from odit.plan import Plan
+
+META = torch.device("meta")
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank: on the device at the peak, of these what stands between steps, and on the host."""
+
+    peak: int
+    standing: int
+    host: int
+
+
+def predict(plan: Plan) -> Memory:
+    """Weighs a step of ``plan`` as this rank of its mesh would run it; offload auto counts with all on the host."""
+    fake = dataclasses.replace(plan, device=META, objective=_on_meta(plan.objective), ops=_flash_on_meta(plan.ops))
+    layout = fake.layout
+    offloads = plan.run.parallel.offload != "none"
+    parts = [s.local_shape(p.shape) for p, s in zip(tree.leaves(plan.declared), tree.leaves(layout.specs))]
+    on_host = _empty(plan.declared, parts, plan.dtype) if offloads else None
+    with Weigh() as weigh:
+        state = None if offloads else [_empty(plan.declared, parts, torch.float32) for _ in range(4)]
+        standing = weigh.now()
+        params = on_host if state is None else state[0]
+        grads = _gradients(fake, params, _Down() if offloads else None)
+        if state is not None:
+            opt = train.optimizer(fake).init({})._replace(m=state[1], v=state[2])
+            train.optimizer(fake).update_(params, grads, opt, 1e-4)
+        del grads
+    num = sum(map(_product, parts))
+    clips = plan.run.optimizer.clip > 0
+    host = offload.host_bytes(num, layout, clips, plan.num_micro) if offloads else 0
+    return Memory(weigh.peak, standing, host)
+
+
+def describe(plan: Plan) -> str:
+    """One line for people."""
+    found, gib = predict(plan), 2**30
+    line = f"memory: {found.peak / gib:.2f} GiB a rank at the peak, {found.standing / gib:.2f} of it between steps"
+    if found.host:
+        line += f"; {found.host / gib:.2f} GiB of the host"
+    if plan.budget is not None:
+        line += f"; after {offload.MEASURED} steps what fits moves to the device, up to {plan.budget / gib:.2f} GiB"
+    return line
+
+
+class Weigh(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.refs: dict[int, tuple[StorageWeakRef, int]] = {}  # by address; with the size at birth
+        self.peak = 0
+        self.most = 0  # no less than what is alive: exact when last summed, and all made since
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in _pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.is_meta:
+                storage = x.untyped_storage()
+                if storage._cdata not in self.refs:
+                    self.refs[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                    self.most += storage.nbytes()
+        if self.most > self.peak:
+            self.peak = max(self.peak, self.now())
+        return out
+
+    def now(self) -> int:
+        """Bytes alive; storages that were freed to be filled again (``zero.free_``) count with what they have now."""
+        alive, exact, most = {}, 0, 0
+        for address, (ref, born) in self.refs.items():
+            storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
+            if storage is not None:
+                alive[address] = (ref, born)
+                exact += storage.nbytes()
+                most += born
+        self.refs, self.most = alive, most
+        return exact
+
+
+class _Down:
+    """Stands for ``Offload``: gradients of the last two bundles are still on their way down."""
+
+    def __init__(self):
+        self.sent: deque[list[torch.Tensor]] = deque(maxlen=2)
+
+    def sink(self, i: int, grads: list[torch.Tensor]) -> list[None]:
+        self.sent.append(grads)
+        return [None] * len(grads)
+
+
+def _gradients(plan: Plan, params: tree.Tree, down: _Down | None) -> tree.Tree:
+    """``train.gradients`` without what needs values; two micro-batches stand for more."""
+    held = plan.layout.hold(params)
+    shape, total = (plan.shape.channels, plan.shape.size, plan.shape.size), None
+    for _ in range(min(2, plan.num_micro)):
+        ids = torch.empty(plan.micro_batch, dtype=torch.int64, device=META)
+        x = torch.empty(plan.micro_batch, *shape, device=META)
+        draws = train.draw(plan, ids, shape, random.key(0))
+        sink: zero.Sink | None = None if down is None else down.sink
+        _, grads = train.part_gradients(plan, params, held, x, ids, draws, sink=sink)
+        total = train.add(total, grads, params)
+        del grads
+    return plan.layout.reduce(total)
+
+
+def _on_meta(objective: Any) -> Any:
+    return objective.to(META) if hasattr(objective, "to") else objective
+
+
+def _flash_on_meta(record: ops.Ops) -> ops.Ops:
+    """PyTorch's attention would take its plain form on meta tensors and keep all scores; flash keeps none."""
+
+    def attend(q, k, v):
+        found = torch.ops.aten._scaled_dot_product_flash_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+        return found[0].transpose(1, 2)
+
+    return dataclasses.replace(record, attend=attend) if record.attend is ops.attend_sdpa else record
+
+
+def _empty(like: tree.Tree, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> tree.Tree:
+    return tree.unflatten(like, [torch.empty(shape, dtype=dtype, device=META) for shape in shapes])
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
