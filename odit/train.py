@@ -191,8 +191,9 @@ def agree(
     split, whole = plan.layout.squared_norm(grads)
     host_split, host_whole = host.squared_norm() if host is not None else (0.0, 0.0)
     pieces = [(word >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]  # fp64 sums them exactly
-    told = torch.stack([loss_B.double().sum(), split.double() + host_split, *torch.tensor(pieces, dtype=torch.float64)])
-    loss, square, *pieces = collectives.all_reduce_(told.to(plan.device), plan.layout.axis).tolist()
+    numbers = torch.stack([loss_B.double().sum(), split.double() + host_split])
+    told = torch.cat([numbers, torch.tensor(pieces, dtype=torch.float64, device=plan.device)])
+    loss, square, *pieces = collectives.all_reduce_(told, plan.layout.axis).tolist()
     word = sum(int(piece) << shift for piece, shift in zip(pieces, (0, 16, 32, 48)))
     norm = math.sqrt(square + float(whole) + host_whole)
     return loss / plan.run.global_batch, norm, word & (2**64 - 1)

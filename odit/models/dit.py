@@ -10,14 +10,14 @@ import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from odit import nn, param
-from odit.ops import EPS, Ops, linear
+from odit.ops import EPS, Ops, layers, linear
 from odit.param import Param
 
 
@@ -185,9 +185,14 @@ def forward(params: dict, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None, cfg: 
     return nn.unpatchify(ops.leave(x), cfg.patch, height, width)
 
 
-@functools.lru_cache(maxsize=64)
 def make_block(cfg: Config, ops: Ops) -> Callable:
-    """One adaLN-Zero block as a function ``(p, x_BLD, c_BD, rotary) -> x_BLD``; one object per (cfg, ops)."""
+    """One adaLN-Zero block as a function ``(p, x_BLD, c_BD, rotary) -> x_BLD``; one object per (cfg, sites in it)."""
+    return _make_block(cfg, replace(ops, layers=layers))
+
+
+@functools.lru_cache(maxsize=64)
+def _make_block(cfg: Config, ops: Ops) -> Callable:
+    """Must not see ``ops.layers``, which a layout makes anew each step around that step's weights."""
 
     def block(p: dict, x: Tensor, c_BD: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = nn.adaln(c_BD, p["adaln"], 6)

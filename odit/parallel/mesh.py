@@ -125,7 +125,7 @@ def start(
         torch.cuda.set_device(local % num_gpus)
     if world > 1:
         own_gpu = torch.device("cuda", local) if chosen == "nccl" else None
-        _join(rank, world, chosen, own_gpu, timeout_s or patience_s() + MARGIN_S)
+        _join(rank, world, chosen, own_gpu, timeout_s or patience_s())
     return rank, world, local
 
 
@@ -169,8 +169,9 @@ def _join(rank: int, world: int, backend: str, own_gpu: torch.device | None, tim
         )
     except RuntimeError as error:
         late = [r for r in range(world) if not store.check([f"came/{r}"])]
-        who = f"{name_ranks(late)} of {world} did not come" if late else f"the {world} ranks do not reach each other"
-        raise RanksLost(f"{who} in {timeout_s:g} s: {_brief(error)}") from error
+        if late:
+            raise RanksLost(f"{name_ranks(late)} of {world} did not come in {timeout_s:g} s") from error
+        raise RanksLost(f"rank {rank} does not reach all {world} ranks: {_brief(error)}") from error
 
 
 def store() -> Any:
@@ -189,7 +190,7 @@ def wait_for(store: Any, key: str, seconds: float) -> bool:
 
 def broken(error: BaseException) -> str | None:
     """The axis and the words of an error that a collective or the store raised; None for any other error."""
-    if not isinstance(error, RuntimeError):
+    if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
         return None
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_in = frames[-1].f_globals.get("__name__", "") if frames else ""

@@ -59,7 +59,7 @@ class Offload:
     under a ``budget`` of device bytes, those that do not fit.
 
     One step: ``sources`` gives what gathers read, ``begin``, then ``sink`` of each micro-batch during its backward,
-    ``squared_norm``, and ``finish`` or ``discard``. State that was handed in is overwritten, at once or by the next step.
+    ``squared_norm``, and ``finish`` or ``discard``. State that was handed in is overwritten, now or by the next step.
     """
 
     def __init__(

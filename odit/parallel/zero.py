@@ -269,22 +269,23 @@ class _Args(NamedTuple):
     @staticmethod
     def of(args: tuple) -> _Args:
         flat: list[Tensor] = []
-
-        def walk(value):
-            if isinstance(value, Tensor):
-                flat.append(value)
-                return len(flat) - 1
-            return tuple(walk(v) for v in value)
-
-        return _Args(tuple(walk(a) for a in args), tuple(flat))
+        return _Args(tuple(_places(a, flat) for a in args), tuple(flat))
 
     def nest(self, tensors: list[Tensor]) -> tuple:
         """The arguments again, with other tensors."""
+        return tuple(_nested(place, tensors) for place in self.nesting)
 
-        def build(place):
-            return tensors[place] if isinstance(place, int) else tuple(build(p) for p in place)
 
-        return tuple(build(p) for p in self.nesting)
+def _places(value: Any, flat: list[Tensor]) -> Any:
+    """Appends a value's tensors to ``flat``; their places there, nested as the value is."""
+    if isinstance(value, Tensor):
+        flat.append(value)
+        return len(flat) - 1
+    return tuple(_places(v, flat) for v in value)
+
+
+def _nested(place: Any, tensors: list[Tensor]) -> Any:
+    return tensors[place] if isinstance(place, int) else tuple(_nested(p, tensors) for p in place)
 
 
 FIRST_TENSOR = 6  # index of the first of *tensors among _Layers.forward's inputs
