@@ -123,6 +123,7 @@ def measure_steps(cfg: Zero, composed: plan.Plan) -> dict[str, Any]:
     """Milliseconds a step, and of one more, recorded step the bytes and the exposed time; peak over all."""
     key, on_gpu = random.key(0), composed.device.type == "cuda"
     if on_gpu:
+        torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:

@@ -9,6 +9,7 @@ import os
 import resource
 import time
 import warnings
+from typing import Any
 
 import tyro
 from tqdm import tqdm
@@ -27,11 +28,14 @@ def main(run: config.Run) -> None:
     rank, world, _ = meshes.start(plan.pick_device(run.device))
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
+        watch = stack.enter_context(health.Watch(meshes.store(), rank, world))
+        health.same_everywhere(meshes.store(), rank, world, "command line", shared(run))
         mesh = meshes.make_mesh(world, rank, run.parallel.dp, run.parallel.sp)
         meshes.warm_up(mesh)
         if rank == 0:
             stack.enter_context(record.Lock(run.out))
         dataset = data.open_dataset(run.data)
+        health.same_everywhere(meshes.store(), rank, world, "data", {"data": identity(dataset)})
         composed = plan.make(run, dataset, mesh)
         say(composed, plan.describe(composed))
 
@@ -42,10 +46,17 @@ def main(run: config.Run) -> None:
             say(composed, f"already at step {state.step} of {stop}: nothing to do")
             return
         recorder = stack.enter_context(record.Recorder(run, state.step) if rank == 0 else record.Silent())
-        state = loop(composed, dataset, state, key, recorder, stop)
+        state = loop(composed, dataset, state, key, recorder, stop, watch)
         say(composed, f"{run.out}: step {state.step} of {run.steps} after {time.monotonic() - began:.0f} s")
         if state.step == run.steps:
             finish(composed, dataset, state, recorder)
+
+
+def shared(run: config.Run) -> dict[str, Any]:
+    """The settings that all ranks have alike; the others tell what one machine has, and the data is compared itself."""
+    told = config.to_json(run)
+    told = {key: value for key, value in told.items() if key not in ("device", "threads", "progress")}
+    return told | {"data": {key: value for key, value in told["data"].items() if key not in ("path", "workers")}}
 
 
 def say(composed: plan.Plan, text: str) -> None:
@@ -99,7 +110,7 @@ def fresh(composed: plan.Plan, key: random.Key) -> train.TrainState:
     return state._replace(params=weights[0], ema=weights[1])
 
 
-def loop(composed, dataset, state, key, recorder, stop) -> train.TrainState:
+def loop(composed, dataset, state, key, recorder, stop, watch) -> train.TrainState:
     """Steps from ``state`` to ``stop``."""
     run, step = composed.run, train.make_step(composed)
     batches = loader.batches(
@@ -118,11 +129,12 @@ def loop(composed, dataset, state, key, recorder, stop) -> train.TrainState:
         total=stop, initial=state.step, unit="step", disable=not run.progress or composed.mesh.rank > 0, mininterval=0.5
     )
     mark, mark_step, bad_streak = time.monotonic(), state.step, 0
+    watch.beat()
     try:
         for batch in batches:
             state, metrics = step(state, batch, key)
             bad_streak = bad_streak + 1 if "bad" in metrics else 0
-            if "bad" in metrics:
+            if "bad" in metrics and composed.mesh.rank == 0:
                 tqdm.write(f"step {state.step}: {metrics['bad']} is not finite; the update was skipped")
             if bad_streak == 10:
                 raise NumericError(
@@ -130,28 +142,50 @@ def loop(composed, dataset, state, key, recorder, stop) -> train.TrainState:
                 )
             bar.update()
             if state.step % run.log_every == 0 or state.step in (1, stop) or bad_streak:
-                speed = run.global_batch * (state.step - mark_step) / max(1e-9, time.monotonic() - mark)
-                mark, mark_step = time.monotonic(), state.step
-                recorder.log(state.step, {**metrics, "samples_per_s": round(speed, 1)})
-                bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:.0f} samples/s, {a_rank(composed, speed)}")
+                now = time.monotonic()
+                speed = run.global_batch * (state.step - mark_step) / max(1e-9, now - mark)
+                mark, mark_step = now, state.step
+                text, peaks = a_rank(composed, speed)
+                recorder.log(state.step, {**metrics, "samples_per_s": round(speed, 1), **peaks})
+                bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:.0f} samples/s{text}")
             paused = time.monotonic()
+            watch.rest()
             periodic(composed, dataset, state, recorder, stop)
+            watch.beat()
             mark += time.monotonic() - paused
     finally:
+        watch.rest()
         batches.close()
         bar.close()
     return state
 
 
-def a_rank(composed: plan.Plan, speed: float) -> str:
-    """A rank's share of the speed, and its peak memory."""
-    if composed.device.type == "cuda":
+def a_rank(composed: plan.Plan, speed: float) -> tuple[str, dict[str, float]]:
+    """A rank's share of the speed and its peak memory in words, with the range over ranks; and {"peak_gib": the most}.
+
+    Ranks step together, so that a slow one slows all: their speeds differ by little, their memory may differ by much.
+    """
+    mesh = composed.mesh
+    told = collectives.gather_objects(mesh.all, (speed / mesh.dp.size, peak_gib(composed.device)))
+    speeds, peaks = zip(*told)
+    if mesh.world == 1:
+        # in a CPU process of one rank the peak is mostly Python and libraries
+        return f", {peaks[0]:.2f} GiB", {"peak_gib": round(peaks[0], 3)} if composed.device.type == "cuda" else {}
+    slowest = min(range(mesh.world), key=lambda rank: speeds[rank])
+    text = (
+        f" ({speeds[mesh.rank]:.0f} a rank, slowest rank {slowest}: {speeds[slowest]:.0f}), "
+        f"{min(peaks):.2f}-{max(peaks):.2f} GiB a rank"
+    )
+    return text, {"peak_gib": round(max(peaks), 3)}
+
+
+def peak_gib(device: Any) -> float:
+    """The most memory that this process has held so far: allocated on its GPU, or resident on the host."""
+    if device.type == "cuda":
         import torch
 
-        gib = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return f"{speed / composed.mesh.dp.size:.0f} a rank, {gib:.2f} GiB"
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def on_bad(path: str, reason: str) -> None:
@@ -165,7 +199,8 @@ def periodic(composed, dataset, state, recorder, stop) -> None:
     if (state.step % run.validate_every == 0 or last) and len(dataset.held_out_ids):
         found = validate.validate(composed, state.ema, dataset, on_bad)
         recorder.log(state.step, found, prefix="validation_")
-        tqdm.write(f"step {state.step}: validation loss {found['loss']:.5f} (EMA weights)")
+        if composed.mesh.rank == 0:
+            tqdm.write(f"step {state.step}: validation loss {found['loss']:.5f} (EMA weights)")
     if state.step % run.sample_every == 0 or last:
         recorder.pictures(state.step, grid(composed, state), columns(composed))
     if state.step % run.checkpoint_every == 0 or last:

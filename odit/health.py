@@ -1,18 +1,35 @@
-"""How a run ends: one sentence for what a user can mend, an exit code a kind, and the name of the first bad tensor."""
+"""How a run ends: one sentence for what a user can mend, an exit code a kind, and the name of the first bad tensor.
+
+Ranks of one job end together: each watches the others, and is ended by its launcher's end (``mesh.end_with_launcher``).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
 import sys
-from collections.abc import Callable
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from odit import tree
 from odit.data import DataError
+from odit.parallel import mesh as meshes
+from odit.parallel.mesh import RanksLost
 
 # RELIABILITY: 2 config, 3 checkpoint, 4 data, 5 numeric, 6 storage, 7 distributed
-CONFIG, CHECKPOINT, DATA, NUMERIC, STORAGE = 2, 3, 4, 5, 6
+CONFIG, CHECKPOINT, DATA, NUMERIC, STORAGE, DISTRIBUTED = 2, 3, 4, 5, 6, 7
+
+ROLL_CALL_S = 2.0  # what ranks have to answer; a thread of each does so at once
+LOOK_S = 1.0  # how often a watch that expects no step looks whether it does again
+FOREVER_S = 20 * 86400.0  # in milliseconds it still fits the integer that the store uses
 
 
 class CheckpointError(ValueError):
@@ -26,7 +43,7 @@ class NumericError(ValueError):
 def first_bad(named: tree.Tree) -> str | None:
     """Path of the first leaf with a NaN or an infinity; None where all are finite."""
     for path, leaf in tree.items(named):
-        if not bool(torch.isfinite(leaf).all()):
+        if leaf is not None and not bool(torch.isfinite(leaf).all()):
             return path
     return None
 
@@ -35,20 +52,177 @@ def run(main: Callable[[], None]) -> None:
     """Runs a script's main function; an error a user can mend becomes one line on stderr and its exit code."""
     try:
         main()
-    except CheckpointError as error:
-        _leave(error, CHECKPOINT)
-    except DataError as error:
-        _leave(error, DATA)
-    except NumericError as error:
-        _leave(error, NUMERIC)
-    except ValueError as error:
-        _leave(error, CONFIG)
-    except OSError as error:
-        _leave(error, STORAGE)
+    except Exception as error:
+        code, several = exit_code(error), "RANK" in os.environ
+        if code is not None and "ODIT_TRACEBACK" not in os.environ:
+            print("\n" * several + f"error: {error}", file=sys.stderr)  # another rank's bar may stand on this line
+        elif several:
+            traceback.print_exc()
+        else:
+            raise
+        if several:
+            leave(code or 1)
+        sys.exit(code)
 
 
-def _leave(error: Exception, code: int) -> None:
-    if "ODIT_TRACEBACK" in os.environ:
-        raise error
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
+def exit_code(error: Exception) -> int | None:
+    """The code of an error that a user can mend; None for any other."""
+    kinds = (
+        *((CheckpointError, CHECKPOINT), (DataError, DATA), (NumericError, NUMERIC), (ValueError, CONFIG)),
+        *((OSError, STORAGE), (RanksLost, DISTRIBUTED)),
+    )
+    return next((code for kind, code in kinds if isinstance(error, kind)), None)
+
+
+def leave(code: int) -> None:
+    """Ends this process here: the way through destructors may wait for ranks that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def same_everywhere(store: Any, rank: int, world: int, what: str, told: dict[str, Any]) -> None:
+    """Raises ValueError on every rank unless all of them tell the same; nothing on one rank. Needs no group.
+
+    The sentence names the first differing key, its values and which ranks have them.
+    """
+    if store is None:
+        return
+    store.set(f"{what}/{rank}", json.dumps(told))
+    if rank == 0:
+        store.set(f"{what}/verdict", first_unlike([json.loads(store.get(f"{what}/{r}")) for r in range(world)]) or "")
+    if verdict := store.get(f"{what}/verdict").decode():
+        raise ValueError(f"{verdict}: give every rank the same {what}")
+
+
+def first_unlike(told: list[dict[str, Any]]) -> str | None:
+    """What the ranks' nested dicts differ in first, such as 'seed is 0 on ranks 0, 2 and 1 on rank 1'."""
+    flat = [dict(_flat(t)) for t in told]
+    for key in {key: None for f in flat for key in f}:
+        found: dict[Any, list[int]] = {}
+        for rank, f in enumerate(flat):
+            found.setdefault(f.get(key, "not there"), []).append(rank)
+        if len(found) > 1:
+            return f"{key} is {' and '.join(f'{v} on {meshes.name_ranks(ranks)}' for v, ranks in found.items())}"
+    return None
+
+
+def _flat(value: dict[str, Any], key: str = "") -> Iterator[tuple[str, str]]:
+    for name, x in value.items():
+        path = f"{key}.{name}" if key else name
+        yield from _flat(x, path) if isinstance(x, dict) else [(path, repr(x))]
+
+
+class Watch:
+    """Ends this rank when another one is gone or late; then one line, of one rank, says who is where. Idle on one rank.
+
+    The step that ``beat`` announces is late after ``patience_s``; an error of a collective inside the block says that a
+    rank is gone. Who finds out calls the roll through the store, and a thread of each rank answers, whatever its main
+    thread is doing. Threads end the process too: NCCL keeps the main one in calls that never return.
+    """
+
+    def __init__(self, store: Any, rank: int, world: int):
+        self.store, self.rank, self.world = store, rank, world
+        self.patience_s, self.due = meshes.patience_s(), math.inf
+        self.left, self.place = threading.Event(), ""
+        self.main, self.threads = threading.get_ident(), []
+
+    def beat(self) -> None:
+        """Expects a step from now on, in ``patience_s``."""
+        self.due = time.monotonic() + self.patience_s
+
+    def rest(self) -> None:
+        """Expects no step: what follows may take its time."""
+        self.due = math.inf
+
+    def __enter__(self) -> Watch:
+        if self.store is not None:
+            # a connection each: one that waits is blocked
+            self.threads = [
+                threading.Thread(target=target, args=(self.store.clone(),), daemon=True)
+                for target in (self._answer, self._time)
+            ]
+            for thread in self.threads:
+                thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        reason = meshes.broken(error) if error else None
+        if self.store is None or (error and not reason):
+            return  # an error of this rank's own: its words come first, and then the process ends
+        if reason:
+            if "ODIT_TRACEBACK" in os.environ:
+                traceback.print_exception(error)
+            self.place = _place(reversed(list(traceback.walk_tb(trace))))
+            with contextlib.suppress(RuntimeError):
+                self._call(self.store, reason)
+            raise RanksLost(f"{reason} on rank {self.rank}; the job's store, where to ask for the others, is gone")
+        self.left.set()
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"called/{self.rank}", "")  # wakes the thread that answers
+        for thread in self.threads:
+            thread.join(ROLL_CALL_S)
+
+    def _answer(self, store: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # where the store is gone nobody can ask
+            while not meshes.wait_for(store, f"called/{self.rank}", FOREVER_S):
+                pass
+            if not self.left.is_set():
+                self._take_part(store)
+
+    def _time(self, store: Any) -> None:
+        due = math.inf
+        while not self.left.wait(LOOK_S if due == math.inf else due - time.monotonic()):
+            due = self.due
+            if time.monotonic() >= due:
+                with contextlib.suppress(RuntimeError):
+                    self._call(store, f"no step in {self.patience_s:g} s")
+                leave(DISTRIBUTED)
+
+    def _call(self, store: Any, reason: str) -> None:
+        if not store.check(["reason"]):
+            store.set("reason", f"{reason} on rank {self.rank}")
+        self._take_part(store)
+
+    def _take_part(self, store: Any) -> None:
+        """Says where this rank is, waits until one rank has called the roll and told what it found, and ends this one.
+
+        Who comes first calls. Its launcher, which sees the failure too, may end it over that: then another one does.
+        """
+        store.set(f"at/{self.rank}", self.place or _place(traceback.walk_stack(sys._current_frames()[self.main])))
+        for turn in range(3):
+            if store.add(f"turn/{turn}", 1) == 1:
+                told = call_roll(store, self.rank, self.world, store.get("reason").decode())
+                print(f"\nerror: {told}", file=sys.stderr, flush=True)
+                store.set("told", "")
+            if meshes.wait_for(store, "told", ROLL_CALL_S + 1):
+                break
+        leave(DISTRIBUTED)
+
+
+def call_roll(store: Any, rank: int, world: int, reason: str) -> str:
+    """Asks all ranks where they are; the sentence that says who does not answer and where the others are."""
+    for other in set(range(world)) - {rank}:
+        store.set(f"called/{other}", "")
+    until, found = time.monotonic() + ROLL_CALL_S, {}
+    while len(found) < world and time.monotonic() < until:
+        time.sleep(0.05)
+        new = [r for r in range(world) if r not in found and store.check([f"at/{r}"])]
+        found |= {r: store.get(f"at/{r}").decode() for r in new}
+    places: dict[str, list[int]] = {}
+    for r in sorted(found):
+        places.setdefault(found[r], []).append(r)
+    silent = [r for r in range(world) if r not in found]
+    told = [f"{meshes.name_ranks(silent)} of {world} do{'es' * (len(silent) == 1)} not answer"] if silent else []
+    for place, ranks in sorted(places.items(), key=lambda item: len(item[1]))[:4]:  # the odd ones first
+        told.append(f"{meshes.name_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} in {place}")
+    return f"{reason}: {', '.join(told)}"
+
+
+def _place(stack: Iterable[tuple[Any, int]]) -> str:
+    """The innermost line of a stack, given innermost first, that is odit's but not a collective's."""
+    for frame, line in stack:
+        name = frame.f_globals.get("__name__", "")
+        if name == "__main__" or (name.startswith("odit.") and not name.startswith("odit.parallel.")):
+            return f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{line})"
+    return "another program"

@@ -47,8 +47,7 @@ def predict(plan: Plan) -> Memory:
             train.optimizer(fake).update_(params, grads, opt, 1e-4)
         del grads
     num = sum(map(_product, parts))
-    clips = plan.run.optimizer.clip > 0
-    host = offload.host_bytes(num, layout, clips, plan.num_micro) if offloads else 0
+    host = offload.host_bytes(num, plan.dtype) if offloads else 0
     return Memory(weigh.peak, standing, host)
 
 

@@ -167,7 +167,7 @@ def _check_offload(run: Run) -> None:
         )
     if p.offload == "auto" and pick_device(run.device).type != "cuda":
         raise ValueError(
-            "parallel.offload auto places state by a GPU's memory and this run is on the CPU: use --parallel.offload none"
+            "parallel.offload auto places state by a GPU's memory and this run is on the CPU: leave it out"
         )
 
 

@@ -136,8 +136,8 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch, random.Key], tuple[Tra
         decay = optim.ema_rate(cfg, int(state.opt.count))
         if host is not None:
             state = state._replace(**host.settle(*state[1:4]))
-            update = offload.Update(state.opt.count, lr, decay, 1 / state.loss_scale.scale)
-            host.begin(state.params, state.opt, state.ema, update, plan.num_micro)
+            settings = offload.Settings(state.opt.count, lr, decay, 1 / state.loss_scale.scale)
+            host.begin(state.params, state.opt, state.ema, settings)
         loss_B, grads, word = gradients(plan, state.params, batch, key, state.loss_scale.scale, host)
         loss, norm, word = agree(plan, loss_B, grads, word, host)
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "draw_digest": f"{word:016x}"}
@@ -148,8 +148,6 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch, random.Key], tuple[Tra
             state = advance(plan, state, grads, lr, decay, norm, host)
         else:
             metrics["bad"] = name_bad(plan, grads, host) or ("grad_norm" if math.isfinite(loss) else "loss")
-            if host is not None:
-                host.discard()
         scale = next_scale(state.loss_scale, finite) if plan.dtype == torch.float16 else state.loss_scale
         return state._replace(step=state.step + 1, loss_scale=scale), metrics
 
@@ -161,7 +159,7 @@ def offloaded(plan: Plan) -> offload.Offload | None:
     if plan.run.parallel.offload == "none":
         return None
     everything = range(len(tree.leaves(plan.declared)))
-    return offload.Offload(plan.layout, optimizer(plan), everything, plan.run.optimizer.clip > 0, plan.budget)
+    return offload.Offload(plan.layout, optimizer(plan), everything, plan.budget)
 
 
 def advance(
@@ -176,7 +174,7 @@ def advance(
     """The state after an update by AdamW and EMA, given gradients and their global norm; leaves move in place."""
     clip = plan.run.optimizer.clip
     if host is not None:
-        return state._replace(**host.finish(grads, min(1.0, clip / norm) if clip else 1.0))
+        return state._replace(**host.update_(grads, min(1.0, clip / norm) if clip else 1.0))
     if clip:
         optim.clip_(grads, norm, clip)
     opt = optimizer(plan).update_(state.params, grads, state.opt, lr)

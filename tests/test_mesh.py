@@ -1,5 +1,6 @@
 """The mesh: what is refused and with which numbers, who sits where, and that groups are what the axes say."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from ranks import RankFailed
 
+from odit.parallel import collectives
 from odit.parallel import mesh as m
 
 REFUSED = {  # (world, dp, sp): words of the message
@@ -137,6 +139,53 @@ def test_start_of_one_rank_makes_no_process_group(monkeypatch):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     assert m.start("cpu") == (0, 1, 0) and not dist.is_initialized()
+
+
+def test_groups_are_left_alone_while_an_error_leaves(monkeypatch):
+    ended = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append("group"))
+    with pytest.raises(KeyError), contextlib.ExitStack() as stack:
+        stack.callback(m.stop)
+        raise KeyError
+    assert not ended
+    with contextlib.ExitStack() as stack:
+        stack.callback(m.stop)
+    assert ended == ["group"]
+
+
+def test_only_errors_of_collectives_and_of_the_store_are_told_as_such():
+    for error in (ValueError("a"), RuntimeError("b"), torch.OutOfMemoryError("c")):
+        assert m.broken(error) is None
+    words = "[/pytorch/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:15. This is typically"
+    told = "the group of all ranks broke (Connection closed by peer [127.0.0.1]:15)"
+    assert m.broken(dist.DistStoreError(words)) == told
+
+
+def reduce_what_gloo_cannot(mesh) -> str | None:
+    try:
+        collectives.all_reduce_(torch.ones(1, dtype=torch.int16), mesh.sp)
+    except RuntimeError as error:
+        return m.broken(error)
+    return None
+
+
+def test_a_broken_axis_is_named(ranks):
+    told = [words.split(" (")[0] for words in ranks.run(4, reduce_what_gloo_cannot, dp=2, sp=2)]
+    assert told == 2 * ["axis sp over ranks 0, 1 broke"] + 2 * ["axis sp over ranks 2, 3 broke"]
+
+
+@pytest.mark.parametrize(
+    "asked, name",
+    [
+        ((2,), "rank 2"),
+        ((0, 1, 3), "ranks 0, 1, 3"),
+        (range(8), "ranks 0 to 7"),
+        ((0, 1, 2, 3, 5), "ranks 0, 1, 2, 3, 5"),
+    ],
+)
+def test_names_of_ranks(asked, name):
+    assert m.name_ranks(asked) == name
 
 
 # ------------------------------------------------------------------------------------------- the pool of the tests

@@ -219,7 +219,7 @@ def schedule(mesh, run):
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_stage_3_has_two_blocks_weights_alive_at_most(remat, monkeypatch):
-    """Counts bytes of rows in flight and of whole blocks, on one rank whose gathers really copy."""
+    """Counts elements of rows in flight and of whole blocks, on one rank whose gathers really copy."""
     from odit.parallel.mesh import single
 
     run = dataclasses.replace(
@@ -229,26 +229,27 @@ def test_stage_3_has_two_blocks_weights_alive_at_most(remat, monkeypatch):
     state = fp64_state(composed)
     alive, peak, bundles = {}, [0], []
 
-    def note(what, size):
-        alive[what] = size
+    def note(flat):
+        alive[flat.untyped_storage()._cdata] = flat.numel()
         peak[0] = max(peak[0], sum(alive.values()))
 
     start, finish, free = zero.Bundle.start_gather, zero.Bundle.finish_gather, zero.free_
 
-    def start_gather(self, shards):
-        pending = start(self, shards)
-        bundles.append(pending[1].data_ptr())
-        note(("rows", pending[1].data_ptr()), pending[1].numel())
+    def start_gather(self, shards, into=None):
+        pending = start(self, shards, into)
+        bundles.append(self)
+        note(pending.rows)
         return pending
 
-    def finish_gather(self, pending, shards, into=None):
-        whole = finish(self, pending, shards, into)
-        note(("whole", whole.flat.untyped_storage()._cdata), whole.flat.numel())
-        alive.pop(("rows", pending[1].data_ptr()))
+    def finish_gather(self, pending, shards):
+        whole = finish(self, pending, shards)
+        note(whole.flat)
+        if (rows := pending.rows.untyped_storage()._cdata) != whole.flat.untyped_storage()._cdata:
+            alive.pop(rows)
         return whole
 
     def free_(whole):
-        alive.pop(("whole", whole.flat.untyped_storage()._cdata), None)
+        alive.pop(whole.flat.untyped_storage()._cdata, None)
         free(whole)
 
     (batch,) = loader.batches(dataset, KEY, global_batch=24, stop=1)

@@ -14,7 +14,9 @@ knows that buffer. Gathers carry the dtype of matrix products, reductions ``redu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -35,9 +37,32 @@ class Whole(NamedTuple):
     leaves: list[Tensor]
 
 
+class Gathering(NamedTuple):
+    """A gather under way: the rows as they arrive, and the whole leaves that they or a copy of them fill."""
+
+    handle: Any
+    rows: Tensor
+    arrived: Any  # torch.cuda.Event of the side stream, or None
+    whole: Whole | None
+
+
+class Reducing(NamedTuple):
+    """A reduction under way; it keeps the whole gradients until it has read them."""
+
+    handles: tuple
+    mine: Tensor
+    others: Tensor
+    arrived: Any
+    grads: list[Tensor]
+
+
 @dataclass(frozen=True)
 class Bundle:
-    """Leaves that travel together: their whole shapes, specs and the dtypes they travel in."""
+    """Leaves that travel together: their whole shapes, specs and the dtypes they travel in.
+
+    On a GPU the copies around a transfer run on the ``side`` stream, next to the blocks' computing. Every use of it
+    first waits for what the current stream was given, so memory that either frees is never taken too early.
+    """
 
     shapes: tuple[tuple[int, ...], ...]
     specs: tuple[Spec, ...]
@@ -45,92 +70,123 @@ class Bundle:
     dtype: torch.dtype
     reduce_dtype: torch.dtype
     device: torch.device
+    side: Any = None  # torch.cuda.Stream
 
-    @property
+    @functools.cached_property
     def sizes(self) -> list[int]:
         """Elements of a rank's part of each leaf."""
         return [_product(s.local_shape(shape)) for shape, s in zip(self.shapes, self.specs)]
 
-    @property
+    @functools.cached_property
     def split(self) -> list[int]:
         """Indices of the leaves that are split."""
         return [i for i, s in enumerate(self.specs) if s.dim is not None]
 
-    def start_gather(self, shards: list[Tensor]) -> tuple[Any, Tensor]:
-        """Casts this rank's parts into a row and starts the all-gather of all rows."""
-        mine = self._row([shards[i] for i in self.split], self.dtype)
-        rows = mine.new_empty(self.axis.size * len(mine))
-        return collectives.all_gather_flat(rows, mine, self.axis, async_op=True), rows
+    @functools.cached_property
+    def row(self) -> int:
+        """Elements of a rank's parts of the split leaves."""
+        return sum(self.sizes[i] for i in self.split)
 
-    def finish_gather(self, pending: tuple[Any, Tensor], shards: list[Tensor], into: Whole | None = None) -> Whole:
-        """Waits for the rows and lays them out as whole leaves, in a new storage or in that of ``into``."""
-        handle, rows = pending
-        handle.wait()
-        whole = self._room() if into is None else into
-        offset, rows = 0, rows.view(self.axis.size, -1)
-        with torch.no_grad():
-            for i in self.split:
-                size, spec = self.sizes[i], self.specs[i]
-                part = spec.local_shape(self.shapes[i])
-                for rank, row in enumerate(rows[:, offset : offset + size]):
-                    spec.take(whole.leaves[i].data, rank).copy_(row.view(part))
-                offset += size
-            for i, s in enumerate(self.specs):
-                if s.dim is None:
-                    whole.leaves[i].data.copy_(shards[i])
+    @property
+    def rows_are_whole(self) -> bool:
+        """Whether the leaves lie in the rows as they lie in ``Whole``: on one rank."""
+        return self.axis.size == 1 and len(self.split) == len(self.shapes)
+
+    def start_gather(self, shards: list[Tensor], into: Whole | None = None) -> Gathering:
+        """Casts this rank's parts into a row and starts the all-gather of all rows; ``into`` is filled again."""
+        if into is not None:
+            refill_room_(into)
+        whole = into if into is not None or not self.rows_are_whole else self._room()
+        with self._beside():
+            mine = self._joined([shards[i] for i in self.split], self.dtype)
+            # .data: filling freed weights again is no change that autograd should see
+            rows = whole.flat.data if self.rows_are_whole else mine.new_empty(self.axis.size * self.row)
+            handle = collectives.all_gather_flat(rows, mine, self.axis, async_op=True)
+            return Gathering(handle, rows, self._event(), whole)
+
+    def finish_gather(self, pending: Gathering, shards: list[Tensor]) -> Whole:
+        """Waits for the rows and lays them out as whole leaves."""
+        pending.handle.wait()
+        self._wait(pending.arrived)
+        whole = self._room() if pending.whole is None else pending.whole
+        if self.rows_are_whole:
+            return whole
+        filled = [leaf.data for leaf in whole.leaves]
+        for rank, row in enumerate(pending.rows.view(self.axis.size, -1)):
+            self._copy([self.specs[i].take(filled[i], rank) for i in self.split], self._cut(row))
+        others = [i for i, s in enumerate(self.specs) if s.dim is None]
+        self._copy([filled[i] for i in others], [shards[i].detach() for i in others])
         return whole
 
     def gather(self, shards: list[Tensor]) -> Whole:
         """The whole leaves, at once."""
         return self.finish_gather(self.start_gather(shards), shards)
 
-    def start_reduce(self, grads: list[Tensor]) -> tuple[Any, Any, Tensor, Tensor]:
+    def start_reduce(self, grads: list[Tensor]) -> Reducing:
         """Starts the sum over ranks of whole gradients: split leaves reduce-scattered, the others all-reduced."""
-        rows = torch.empty(
-            self.axis.size, sum(self.sizes[i] for i in self.split), dtype=self.reduce_dtype, device=self.device
-        )
-        offset = 0
-        for i in self.split:
-            for rank, row in enumerate(rows[:, offset : offset + self.sizes[i]]):
-                row.view(self.specs[i].local_shape(self.shapes[i])).copy_(self.specs[i].take(grads[i], rank))
-            offset += self.sizes[i]
-        mine = rows.new_empty(rows.shape[1])
-        scattered = collectives.reduce_scatter_flat(mine, rows.view(-1), self.axis, async_op=True)
-        others = self._row([g for g, s in zip(grads, self.specs) if s.dim is None], self.reduce_dtype)
-        reduced = collectives.all_reduce_(others, self.axis, async_op=True) if len(others) else None
-        return scattered, reduced, mine, others
+        with self._beside():
+            rows = torch.empty(self.axis.size, self.row, dtype=self.reduce_dtype, device=self.device)
+            for rank, row in enumerate(rows):
+                self._copy(self._cut(row), [self.specs[i].take(grads[i], rank) for i in self.split])
+            mine = rows.new_empty(self.row)
+            handles = [collectives.reduce_scatter_flat(mine, rows.view(-1), self.axis, async_op=True)]
+            others = self._joined([g for g, s in zip(grads, self.specs) if s.dim is None], self.reduce_dtype)
+            if len(others):
+                handles.append(collectives.all_reduce_(others, self.axis, async_op=True))
+            return Reducing(tuple(handles), mine, others, self._event(), grads)
 
-    def finish_reduce(self, pending: tuple[Any, Any, Tensor, Tensor]) -> list[Tensor]:
+    def finish_reduce(self, pending: Reducing) -> list[Tensor]:
         """Waits for the sums and cuts them into this rank's parts, in ``reduce_dtype``."""
-        scattered, reduced, mine, others = pending
-        scattered.wait()
-        if reduced is not None:
-            reduced.wait()
-        result, offsets = [], [0, 0]
-        for size, shape, s in zip(self.sizes, self.shapes, self.specs):
-            kind = int(s.dim is None)
-            flat = (mine, others)[kind][offsets[kind] : offsets[kind] + size]
-            result.append(flat.view(s.local_shape(shape)))
-            offsets[kind] += size
-        return result
+        for handle in pending.handles:
+            handle.wait()
+        self._wait(pending.arrived)
+        found = dict(zip(self.split, self._cut(pending.mine)))
+        others = [i for i, s in enumerate(self.specs) if s.dim is None]
+        found |= zip(others, pending.others.split([self.sizes[i] for i in others]))
+        return [found[i].view(s.local_shape(shape)) for i, (s, shape) in enumerate(zip(self.specs, self.shapes))]
 
-    def _row(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    def _cut(self, row: Tensor) -> list[Tensor]:
+        """A row's parts, in the shapes of the leaves."""
+        parts = row.split([self.sizes[i] for i in self.split])
+        return [part.view(self.specs[i].local_shape(self.shapes[i])) for i, part in zip(self.split, parts)]
+
+    def _joined(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
         """The parts end to end on the device, wherever they are now."""
         row = torch.empty(sum(p.numel() for p in parts), dtype=dtype, device=self.device)
         slots = [slot.view(p.shape) for slot, p in zip(row.split([p.numel() for p in parts]), parts)]
-        if parts:
-            with torch.no_grad():
-                torch._foreach_copy_(slots, [p.detach() for p in parts], non_blocking=True)
+        self._copy(slots, [p.detach() for p in parts])
         return row
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(there: list[Tensor], here: list[Tensor]) -> None:
+        if there:
+            torch._foreach_copy_(there, here, non_blocking=True)
 
     def _room(self) -> Whole:
         flat = torch.empty(sum(map(_product, self.shapes)), dtype=self.dtype, device=self.device)
-        leaves, offset = [], 0
-        for shape in self.shapes:
-            size = _product(shape)
-            leaves.append(flat[offset : offset + size].view(shape).detach())
-            offset += size
+        leaves = [part.view(shape).detach() for part, shape in zip(flat.split(self._whole_sizes), self.shapes)]
         return Whole(flat, leaves)
+
+    @functools.cached_property
+    def _whole_sizes(self) -> list[int]:
+        return [_product(shape) for shape in self.shapes]
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        if self.side is None:
+            yield
+            return
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):
+            yield
+
+    def _event(self) -> Any:
+        return None if self.side is None else self.side.record_event()
+
+    def _wait(self, arrived: Any) -> None:
+        if arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(arrived)
 
 
 def free_(whole: Whole) -> None:
@@ -184,10 +240,10 @@ def materialize(bundle: Bundle, shards: tree.Tree, held: Whole | None = None, si
 class Local:
     """Blocks whose whole weights are there and whose gradients stay where they are (stages 0 and 1)."""
 
-    def start(self, i: int, shards: list[Tensor]) -> None:
+    def start(self, i: int, shards: list[Tensor], into: Whole | None = None) -> None:
         """Nothing to fetch."""
 
-    def finish(self, i: int, pending: None, shards: list[Tensor], into: Whole | None = None) -> Whole:
+    def finish(self, i: int, pending: None, shards: list[Tensor]) -> Whole:
         """The weights as they came."""
         return Whole(shards[0], shards)
 
@@ -214,20 +270,16 @@ class Sharded:
     held: tuple[Whole, ...] | None
     sink: Sink | None = None
 
-    def start(self, i: int, shards: list[Tensor]) -> Any:
-        """Starts block i's gather."""
+    def start(self, i: int, shards: list[Tensor], into: Whole | None = None) -> Gathering | None:
+        """Starts block i's gather, into the storage of ``into`` where given."""
         if self.held is not None:
             return None
         collectives.mark(f"gather {i}")
-        return self.bundles[i].start_gather(shards)
+        return self.bundles[i].start_gather(shards, into)
 
-    def finish(self, i: int, pending: Any, shards: list[Tensor], into: Whole | None = None) -> Whole:
-        """Block i's whole weights, in the storage of ``into`` where given."""
-        if self.held is not None:
-            return self.held[i]
-        if into is not None:
-            refill_room_(into)
-        return self.bundles[i].finish_gather(pending, shards, into)
+    def finish(self, i: int, pending: Gathering | None, shards: list[Tensor]) -> Whole:
+        """Block i's whole weights."""
+        return self.held[i] if self.held is not None else self.bundles[i].finish_gather(pending, shards)
 
     def free(self, whole: Whole) -> None:
         """Gives gathered weights back."""
@@ -324,11 +376,11 @@ class _Layers(torch.autograd.Function):
         shards = _by_block(params, tensors[num_args:])
         dargs: list[Tensor | None] = [None] * num_args
         dshards: list[list[Tensor]] = [[] for _ in range(num_blocks)]
-        pending, sending = blocks.start(num_blocks - 1, shards[-1]), None
+        pending, sending = blocks.start(num_blocks - 1, shards[-1], kept[-1].whole), None
         for i in reversed(range(num_blocks)):
             keep, kept[i] = kept[i], None
-            whole = blocks.finish(i, pending, shards[i], keep.whole if keep.graph else None)
-            pending = blocks.start(i - 1, shards[i - 1]) if i else None
+            whole = blocks.finish(i, pending, shards[i])
+            pending = blocks.start(i - 1, shards[i - 1], kept[i - 1].whole) if i else None
             if not keep.graph:
                 collectives.mark(f"forward again {i}")
                 keep = _Kept.run(ctx.block, params[i], whole, args, keep.x, tensors[:num_args], ctx.needs_input_grad)
@@ -413,12 +465,24 @@ class Layout:
     remat: bool
     device: torch.device
 
-    def bundle(self, name: str, index: int | None = None) -> Bundle:
-        """The bundle of block ``index`` of the list ``name``, or of all that is outside the list."""
-        pick = (lambda t: t[name][index]) if index is not None else (lambda t: _without(t, name))
+    @functools.cached_property
+    def outer(self) -> Bundle:
+        """The bundle of all that is outside the blocks."""
+        return self._bundle(lambda t: _without(t, BLOCKS))
+
+    @functools.cached_property
+    def inner(self) -> tuple[Bundle, ...]:
+        """A bundle a block."""
+        return tuple(self._bundle(lambda t, i=i: t[BLOCKS][i]) for i in range(len(self.declared[BLOCKS])))
+
+    @functools.cached_property
+    def _side(self) -> Any:
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def _bundle(self, pick: Callable) -> Bundle:
         shapes = tuple(p.shape for p in tree.leaves(pick(self.declared)))
         specs = tuple(tree.leaves(pick(self.specs)))
-        return Bundle(shapes, specs, self.axis, self.dtype, self.reduce_dtype, self.device)
+        return Bundle(shapes, specs, self.axis, self.dtype, self.reduce_dtype, self.device, self._side)
 
     def hold(self, shards: tree.Tree) -> Held:
         """The working weights that stand for a whole step: all (stages 0 to 2) or those outside the blocks (3)."""
@@ -426,10 +490,10 @@ class Layout:
             if self.stage == 0:
                 return Held(tree.map(lambda p: p.detach().to(self.dtype), shards), None, None)
             outside, blocks = _without(shards, BLOCKS), shards[BLOCKS]
-            outer = self.bundle(BLOCKS).gather(tree.leaves(outside))
+            outer = self.outer.gather(tree.leaves(outside))
             if self.stage == 3:
                 return Held(None, outer, None)
-            inner = tuple(self.bundle(BLOCKS, i).gather(tree.leaves(p)) for i, p in enumerate(blocks))
+            inner = tuple(bundle.gather(tree.leaves(p)) for bundle, p in zip(self.inner, blocks))
             named = tree.unflatten(outside, outer.leaves)
             named[BLOCKS] = [tree.unflatten(p, w.leaves) for p, w in zip(blocks, inner)]
             return Held({k: named[k] for k in shards}, outer, inner)
@@ -443,10 +507,9 @@ class Layout:
         if self.stage <= 1:
             return targets, run_layers(ops, Local(), True) if self.remat else ops
         outside = _without(targets, BLOCKS)
-        params = materialize(self.bundle(BLOCKS), outside, held.outer, sink)
+        params = materialize(self.outer, outside, held.outer, sink)
         params = {k: targets[k] if k == BLOCKS else params[k] for k in targets}
-        bundles = tuple(self.bundle(BLOCKS, i) for i in range(len(targets[BLOCKS])))
-        return params, run_layers(ops, Sharded(bundles, held.inner, sink), self.remat)
+        return params, run_layers(ops, Sharded(self.inner, held.inner, sink), self.remat)
 
     def reduce(self, grads: tree.Tree) -> tree.Tree:
         """Accumulated gradients of ``targets`` as this rank's parts of the sums over ranks; once a step."""

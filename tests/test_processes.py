@@ -1,0 +1,347 @@
+"""Jobs of several processes: they start alike, end together, and say whose fault it was."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from odit import health
+from odit.parallel import mesh as meshes
+
+ROOT = Path(__file__).parent.parent
+START_S, END_S = 90.0, 10.0  # what a start may take on a busy machine, and what an end may
+SMALL = ["--model.width", "32", "--model.depth", "2", "--model.heads", "2", "--global-batch", "8", "--log-every", "1"]
+
+
+# -------------------------------------------------------------------------------- processes that a test starts and ends
+
+
+def processes(job):
+    """Pid -> rank of the live processes of a job, found by the mark that they all inherit; a launcher has rank None."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue  # another user's, or just gone
+        if f"ODIT_JOB={job}" in variables:
+            found[int(folder.name)] = next((int(v[5:]) for v in variables if v.startswith("RANK=")), None)
+    return found
+
+
+@contextmanager
+def marked(job):
+    """The environment of a job; nothing of it is left behind."""
+    try:
+        yield os.environ | {"ODIT_JOB": str(job), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "200"}
+    finally:
+        for pid in processes(job):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def wait_until(true, seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if true():
+            return True
+        time.sleep(0.05)
+    return bool(true())
+
+
+@contextmanager
+def torchrun(tmp_path, *args):
+    """A small run on four ranks under torchrun that has come to its first steps: (launcher, log file).
+
+    On random latents: scikit-learn, which has the digits, would double the time to start.
+    """
+    log, metrics = tmp_path / "log", tmp_path / "run" / "metrics.jsonl"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+    command += ["experiments/train.py", "dit-s-8", *args, "--out", str(tmp_path / "run"), "--device", "cpu", *SMALL]
+    with marked(tmp_path) as env, open(log, "w") as file:
+        launcher = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
+        wait_until(lambda: launcher.poll() is not None or (metrics.exists() and metrics.stat().st_size), START_S)
+        assert launcher.poll() is None and metrics.exists(), log.read_text()
+        try:
+            yield launcher, log
+        finally:
+            launcher.kill()
+            launcher.wait()
+
+
+def ranks_alone(tmp_path, world, command, environment=()):
+    """Runs ``command(rank)`` as ranks whose launcher is the test: exit codes (None: alive) and stderr by rank."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with ExitStack() as stack:
+        env = stack.enter_context(marked(tmp_path)) | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "WORLD_SIZE": str(world),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # as under torchrun: the launcher keeps the store
+            **dict(environment),
+        }
+        logs = [tmp_path / f"stderr{rank}" for rank in range(world)]
+        started = [
+            subprocess.Popen(
+                [sys.executable, *command(rank)],
+                cwd=ROOT,
+                env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+                stderr=stack.enter_context(open(log, "w")),
+            )
+            for rank, log in enumerate(logs)
+        ]
+        wait_until(lambda: all(p.poll() is not None or stopped(p.pid) for p in started), START_S)
+        codes = [process.poll() for process in started]
+        for process in started:
+            process.kill()
+            process.wait()
+        return codes, [log.read_text() for log in logs]
+
+
+def stopped(pid):
+    """Whether a process is stopped by a signal."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+
+
+def errors(texts):
+    return [line for text in texts for line in text.splitlines() if line.startswith("error: ")]
+
+
+# ------------------------------------------------------------------------------------------------- a whole training job
+
+
+def test_a_killed_rank_ends_the_job(tmp_path):
+    with torchrun(tmp_path, "--no-progress") as (launcher, _):
+        killed = time.monotonic()
+        (pid,) = (pid for pid, rank in processes(tmp_path).items() if rank == 2)
+        os.kill(pid, signal.SIGKILL)
+        assert launcher.wait(END_S) not in (0, None)
+        assert wait_until(lambda: not processes(tmp_path), END_S - (time.monotonic() - killed)), processes(tmp_path)
+
+
+def test_ranks_end_with_their_launcher(tmp_path):
+    """And, as this job shows its progress: what ranks tell of their speed and memory."""
+    with torchrun(tmp_path) as (launcher, log):
+        assert {None, 0, 1, 2, 3} == set(processes(tmp_path).values())
+        killed = time.monotonic()
+        launcher.kill()
+        assert launcher.wait() == -signal.SIGKILL
+        assert wait_until(lambda: not processes(tmp_path), END_S), processes(tmp_path)
+        assert time.monotonic() - killed < END_S
+    shown = r"loss [\d.]+, \d+ samples/s \(\d+ a rank, slowest rank [0-3]: \d+\), ([\d.]+)-([\d.]+) GiB a rank"
+    found = re.search(shown, log.read_text())
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert found and 0 < float(found[1]) <= float(found[2]) and abs(float(found[2]) - line["peak_gib"]) < 0.01
+
+
+def test_ranks_with_different_command_lines_end_before_they_meet(tmp_path):
+    def command(rank):
+        extra = ["--data.held-out", "0.25"] if rank == 1 else ["--device", "cpu", "--threads", "1"]
+        return ["experiments/train.py", "digits", "--out", str(tmp_path / "run"), *SMALL, *extra]
+
+    codes, texts = ranks_alone(tmp_path, 2, command)
+    assert codes == [2, 2], texts
+    sentence = "error: data.held_out is 0.16666666666666666 on rank 0 and 0.25 on rank 1: give every rank the same "
+    assert errors(texts) == 2 * [sentence + "command line"]
+    assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------- ranks that wait for one that never comes
+
+STEPS = """
+import os, signal, sys, time
+import torch
+from odit import health
+from odit.parallel import collectives, mesh as meshes
+
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+def sleep():
+    time.sleep(1000)
+
+def fail():
+    raise ValueError("the words of rank 1")
+
+def main():
+    does = dict(pair.split("=") for pair in sys.argv[1:])
+    if does.get(os.environ["RANK"]) == "lose":
+        os.environ["MASTER_PORT"] = "1"
+    rank, world, _ = meshes.start("cpu")
+    with health.Watch(meshes.store(), rank, world) as watch:
+        mesh = meshes.make_mesh(world, rank, None, 1)
+        meshes.warm_up(mesh)
+        for step in range(1000):
+            watch.beat()
+            if step == 3 and str(rank) in does:
+                globals()[does[str(rank)]]()
+            step_together(mesh)
+
+def step_together(mesh):
+    collectives.all_reduce_(torch.ones(9), mesh.all)
+
+health.run(main)
+"""
+
+
+@pytest.fixture
+def steps(tmp_path):
+    """Runs ranks that do as told in the fourth step: steps(world, "1=fail") -> (codes, stderr) by rank."""
+    (tmp_path / "steps.py").write_text(STEPS)
+    return lambda world, *does, **env: ranks_alone(
+        tmp_path, world, lambda rank: [str(tmp_path / "steps.py"), *does], env
+    )
+
+
+def test_an_error_of_one_rank_ends_the_others(steps):
+    codes, texts = steps(3, "1=fail")
+    assert codes == [7, 2, 7], texts
+    assert errors(texts[1:2]) == ["error: the words of rank 1"]
+    (line,) = errors([texts[0], texts[2]])  # one rank speaks
+    pattern = (
+        r"error: axis (all|dp) over ranks 0, 1, 2 broke \(.+\) on rank [02]: rank 1 of 3 does not answer, ranks 0, 2 "
+    )
+    assert re.fullmatch(pattern + r"are in step_together \(steps.py:\d+\)", line), line
+
+
+def test_a_rank_that_hangs_ends_the_job_and_is_named(steps):
+    codes, texts = steps(3, "1=sleep", "2=stop", ODIT_TIMEOUT_S="2.5")
+    assert codes == [7, 7, None], texts
+    (line,) = errors(texts)
+    pattern = r"error: no step in 2.5 s on rank [01]: rank 2 of 3 does not answer, rank 0 is in step_together "
+    assert re.fullmatch(pattern + r"\(steps.py:\d+\), rank 1 is in sleep \(steps.py:\d+\)", line), line
+
+
+def test_a_rank_that_never_comes_is_named_and_one_that_finds_no_launcher_says_so(steps):
+    codes, texts = steps(2, "1=lose", ODIT_TIMEOUT_S="2")
+    assert codes == [7, 7], texts
+    assert errors(texts[:1]) == ["error: rank 1 of 2 did not come in 2 s"]
+    assert errors(texts[1:])[0].startswith("error: rank 1 does not reach the store at 127.0.0.1:1 in 2 s: ")
+
+
+def test_slurm_starts_one_torchrun_a_node(tmp_path):
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n')
+    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    for stub in ("scontrol", "srun"):
+        (tmp_path / stub).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    done = subprocess.run(
+        ["bash", "experiments/train.slurm", "digits", "--out", "a b"],
+        cwd=ROOT, env=env | {"SLURM_JOB_ID": "123456"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    told = ["--kill-on-bad-exit=1", ".venv/bin/torchrun", "--nnodes", "2", "--nproc_per_node", "gpu"]
+    told += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "n1:23456", "--rdzv_id", "123456"]
+    assert done.stdout.splitlines() == [*told, "experiments/train.py", "digits", "--out", "a b"]
+
+
+# --------------------------------------------------------------------------------------- the parts, in threads as ranks
+
+
+def in_threads(world, fn):
+    """Results or errors of ``fn(rank)`` by rank."""
+    found = {}
+
+    def run(rank):
+        try:
+            found[rank] = fn(rank)
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return [found[rank] for rank in range(world)]
+
+
+def test_every_rank_raises_the_first_difference():
+    told = [{"seed": 0, "data": {"path": None}}, {"seed": 0, "data": {"path": "b"}}, {"seed": 0, "data": {"path": "b"}}]
+    store = dist.HashStore()
+    found = in_threads(3, lambda rank: health.same_everywhere(store, rank, 3, "config", told[rank]))
+    sentence = "data.path is None on rank 0 and 'b' on ranks 1, 2: give every rank the same config"
+    assert [type(error) for error in found] == 3 * [ValueError] and {str(error) for error in found} == {sentence}
+    assert in_threads(3, lambda rank: health.same_everywhere(store, rank, 3, "again", told[1])) == 3 * [None]
+    health.same_everywhere(None, 0, 1, "alone", {})
+
+
+@pytest.mark.parametrize(
+    "told, sentence",
+    [
+        ([{"a": {"b": 1, "c": 2}}] * 2, None),
+        ([{"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "d": 5}], "a.c is 2 on rank 0 and 4 on rank 1"),
+        ([{"a": (1, 2)}, {"a": (1, 3)}, {"a": (1, 2)}], "a is (1, 2) on ranks 0, 2 and (1, 3) on rank 1"),
+        ([{"a": 1}, {"a": 1, "b": 2}], "b is not there on rank 0 and 2 on rank 1"),
+        ([{"a": rank % 6} for rank in range(6)], "a is " + " and ".join(f"{r} on rank {r}" for r in range(6))),
+        ([{"a": rank == 5} for rank in range(6)], "a is False on ranks 0 to 4 and True on rank 5"),
+    ],
+)
+def test_first_unlike(told, sentence):
+    assert health.first_unlike(told) == sentence
+
+
+def test_one_rank_calls_the_roll_and_the_odd_ones_come_first(monkeypatch):
+    monkeypatch.setattr(health, "ROLL_CALL_S", 0.2)
+    store = dist.HashStore()
+    for rank, place in enumerate("abaa"):
+        store.set(f"at/{rank}", place)
+    assert (
+        health.call_roll(store, 0, 5, "why")
+        == "why: rank 4 of 5 does not answer, rank 1 is in b, ranks 0, 2, 3 are in a"
+    )
+    assert all(store.check([f"called/{rank}"]) for rank in (1, 2, 3, 4)) and not store.check(["called/0"])
+
+
+def test_another_rank_calls_the_roll_where_the_first_is_ended_over_it(monkeypatch, capsys):
+    monkeypatch.setattr(health, "ROLL_CALL_S", 0.1)
+    codes = []
+    monkeypatch.setattr(health, "leave", codes.append)
+    store = dist.HashStore()
+    assert store.add("turn/0", 1) == 1
+    store.set("reason", "why on rank 0")
+    health.Watch(store, 1, 2)._take_part(store)
+    said = r"\nerror: why on rank 0: rank 0 of 2 does not answer, rank 1 is in _take_part \(health.py:\d+\)\n"
+    assert codes == [7] and re.fullmatch(said, capsys.readouterr().err)
+
+
+def test_a_watch_is_quiet_while_steps_come_and_at_rest(monkeypatch, capsys):
+    monkeypatch.setenv("ODIT_TIMEOUT_S", "0.3")
+    monkeypatch.setattr(health, "leave", lambda code: pytest.fail("left"))
+    with health.Watch(dist.HashStore(), 0, 2) as watch:
+        for _ in range(8):
+            watch.beat()
+            time.sleep(0.1)
+        watch.rest()
+        time.sleep(1)
+    assert all(not thread.is_alive() for thread in watch.threads) and capsys.readouterr().err == ""
+    with pytest.raises(RuntimeError, match="no collective"), health.Watch(dist.HashStore(), 0, 2):
+        raise RuntimeError("no collective")
+    with health.Watch(None, 0, 1) as alone:
+        alone.beat()
+    assert not alone.threads
+
+
+def test_lost_ranks_have_an_exit_code(capsys):
+    def lose():
+        raise meshes.RanksLost("rank 3 of 4 did not come in 600 s")
+
+    with pytest.raises(SystemExit) as left:
+        health.run(lose)
+    assert left.value.code == 7 and capsys.readouterr().err == "error: rank 3 of 4 did not come in 600 s\n"
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "nan", "inf"])
+def test_a_wrong_timeout_is_refused(text, monkeypatch):
+    monkeypatch.setenv("ODIT_TIMEOUT_S", text)
+    with pytest.raises(ValueError, match=f"ODIT_TIMEOUT_S is '{text}': use a positive number of seconds"):
+        meshes.patience_s()
