@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from odit import checkpoint, config, data, evaluate, health, plan, random, record, sample, train, validate
+from odit import checkpoint, config, data, evaluate, health, memory, plan, random, record, sample, train, validate
 from odit.data import loader
 from odit.health import CheckpointError, NumericError
 from odit.parallel import collectives
@@ -38,6 +38,8 @@ def main(run: config.Run) -> None:
         health.same_everywhere(meshes.store(), rank, world, "data", {"data": identity(dataset)})
         composed = plan.make(run, dataset, mesh)
         say(composed, plan.describe(composed))
+        if composed.device.type == "cuda" and rank == 0:
+            say(composed, memory.describe(composed))
 
         key = random.key(run.seed)
         state = restore(composed, dataset) or fresh(composed, key)

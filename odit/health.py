@@ -55,7 +55,9 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         code, several = exit_code(error), "RANK" in os.environ
         if code is not None and "ODIT_TRACEBACK" not in os.environ:
-            print("\n" * several + f"error: {error}", file=sys.stderr)  # another rank's bar may stand on this line
+            print(
+                "\n" * several + f"error: {sentence(error)}", file=sys.stderr
+            )  # another rank's bar may stand on this line
         elif several:
             traceback.print_exc()
         else:
@@ -65,11 +67,22 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(code)
 
 
+def sentence(error: Exception) -> str:
+    """What an error says to people; a full GPU gets advice."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return str(error)
+    what = str(error).split(". GPU ")[0].split("\n")[0]  # what was asked for, without the allocator's own hints
+    return (
+        f"{what}: use a smaller --micro-batch, --parallel.remat block, --parallel.zero 3 or "
+        "--parallel.offload optimizer, or a larger --parallel.memory-gib where that is set"
+    )
+
+
 def exit_code(error: Exception) -> int | None:
     """The code of an error that a user can mend; None for any other."""
     kinds = (
         *((CheckpointError, CHECKPOINT), (DataError, DATA), (NumericError, NUMERIC), (ValueError, CONFIG)),
-        *((OSError, STORAGE), (RanksLost, DISTRIBUTED)),
+        *((OSError, STORAGE), (RanksLost, DISTRIBUTED), (torch.OutOfMemoryError, CONFIG)),
     )
     return next((code for kind, code in kinds if isinstance(error, kind)), None)
 

@@ -37,7 +37,7 @@ def predict(plan: Plan) -> Memory:
     offloads = plan.run.parallel.offload != "none"
     parts = [s.local_shape(p.shape) for p, s in zip(tree.leaves(plan.declared), tree.leaves(layout.specs))]
     on_host = _empty(plan.declared, parts, plan.dtype) if offloads else None
-    with Weigh() as weigh:
+    with Weigh(tree.leaves(on_host) if offloads else []) as weigh:
         state = None if offloads else [_empty(plan.declared, parts, torch.float32) for _ in range(4)]
         standing = weigh.now()
         params = on_host if state is None else state[0]
@@ -63,10 +63,11 @@ def describe(plan: Plan) -> str:
 
 
 class Weigh(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make while it is on."""
+    """Counts the bytes of all storages that operators make while it is on, but not those of ``elsewhere``."""
 
-    def __init__(self):
+    def __init__(self, elsewhere: list[torch.Tensor]):
         super().__init__()
+        self.elsewhere = {x.untyped_storage()._cdata for x in elsewhere}
         self.refs: dict[int, tuple[StorageWeakRef, int]] = {}  # by address; with the size at birth
         self.peak = 0
         self.most = 0  # no less than what is alive: exact when last summed, and all made since
@@ -76,7 +77,7 @@ class Weigh(TorchDispatchMode):
         for x in _pytree.tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.is_meta:
                 storage = x.untyped_storage()
-                if storage._cdata not in self.refs:
+                if storage._cdata not in self.refs and storage._cdata not in self.elsewhere:
                     self.refs[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                     self.most += storage.nbytes()
         if self.most > self.peak:

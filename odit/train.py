@@ -159,7 +159,7 @@ def offloaded(plan: Plan) -> offload.Offload | None:
     if plan.run.parallel.offload == "none":
         return None
     everything = range(len(tree.leaves(plan.declared)))
-    return offload.Offload(plan.layout, optimizer(plan), everything, plan.budget)
+    return offload.Offload(plan.layout, optimizer(plan), everything, plan.budget, plan.num_micro)
 
 
 def advance(

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PURE = {"tree", "random", "param", "ops", "nn", "models", "diffusion", "optim", "data", "metrics", "convert", "config"}
-BOTH_SIDES = {"plan", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate"}
+BOTH_SIDES = {"plan", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"}
 ALLOWED = {
     "kernels": {"ops", "tree", "kernels"},
     "parallel": {"ops", "tree", "param", "random", "optim", "parallel"},

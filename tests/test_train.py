@@ -228,3 +228,10 @@ def test_validation_reports_gradient_norms(tiny, make_plan, digits):
     plan = make_plan(tiny, grad_norms=True)
     found = validate.validate(plan, train.init_state(plan, KEY).params, digits)
     assert all(found[f"grad_norm_t{b}"] > 0 for b in range(10))
+
+
+def test_a_full_gpu_is_one_sentence_with_a_fix():
+    told = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.80 GiB of which ..."
+    error = torch.OutOfMemoryError(told)
+    assert health.exit_code(error) == 2
+    assert health.sentence(error).startswith("CUDA out of memory. Tried to allocate 2.00 GiB: use a smaller")

@@ -1,5 +1,6 @@
 """Every ZeRO stage on every world against one rank, in fp64: loss, gradients, parameters, moments and EMA."""
 
+import collections
 import dataclasses
 import gc
 import itertools
@@ -151,44 +152,54 @@ def ema_on_a_rank(mesh, run):
     return len(events), ema
 
 
-# Gathers and reductions of a leaf of p split elements over n ranks and m micro-batches, in units of p (n - 1) / n
-# received; an all-reduce counts as two reductions. Gathers 1 (ZeRO 1, 2; 3 outside the blocks) or 2 m (ZeRO 3 blocks).
-def expected_units(stage, m, inside_blocks):
-    gathers = {0: 0, 1: 1, 2: 1, 3: 2 * m if inside_blocks else 1}[stage]
-    return gathers, {0: 2, 1: 2, 2: m, 3: m}[stage]
-
-
-@pytest.mark.parametrize("world", [2, 4], scope="session")
+@pytest.mark.parametrize("world", [2, 3, 4], scope="session")
 @pytest.mark.parametrize("stage, micro", list(itertools.product((0, 1, 2, 3), (1, 2))))
 def test_bytes_equal_the_formula(ranks, world, stage, micro):
-    """All leaves of this model split over 2 and 4 ranks, so a step's totals are sums of the leaves' formulas."""
-    model = dit.Config(width=16, depth=2, heads=4, patch=2)
-    run = dataclasses.replace(with_(stage, micro, world=world), model=model)
+    """Every transfer of a step, against the sums over its leaves of: p (N - 1) / N received a gather or reduction of a
+    leaf of p elements that splits; gathers 1 (stages 1, 2; 3 outside the blocks) or 2 m (3 in the blocks); reductions
+    1 (stages 0, 1) or m; an all-reduce counts as two, and is what whole leaves get."""
+    model = dit.Config(width=24, depth=2, heads=4, patch=2)
+    run = dataclasses.replace(with_(stage, micro, world=world), model=model, precision="bf16")
     declared = dit.declare(model, dit.Shape(1, 8, 10))
-    inside = param.count({"b": declared["blocks"]})
-    outside = param.count(declared) - inside
-    gathers, reductions = 0, 0
-    for size, blocks in ((inside, True), (outside, False)):
-        g, r = expected_units(stage, micro, blocks)
-        gathers += g * size * (world - 1) // world
-        reductions += r * size * (world - 1) // world
-    for found in ranks.run(world, step_traffic, run):
-        assert found == (gathers, reductions)
+    specs = spec.specs(declared, world, split=stage > 0)
+    outside = [{k: v for k, v in t.items() if k != zero.BLOCKS} for t in (declared, specs)]
+    bundles = [outside, *([t[zero.BLOCKS][i] for t in (declared, specs)] for i in range(2))]
+    whole = [path for path, s in tree.items(specs) if s.dim is None]
+    assert stage == 0 or whole == (["final.out.b"] if world == 3 else []), "one leaf does not split over 3 ranks"
+    for rank, found in enumerate(ranks.run(world, step_traffic, run)):
+        expected = collections.Counter()
+        for number, (leaves, found_specs) in enumerate(bundles):
+            pairs = list(zip(tree.leaves(leaves), tree.leaves(found_specs)))
+            split = sum(p.size for p, s in pairs if s.dim is not None)
+            kept = sum(p.size for p, s in pairs if s.dim is None)
+            part = split * (world - 1) // world
+            gathers = {0: 0, 1: 1, 2: 1, 3: 2 * micro if number else 1}[stage]
+            expected["all_gather", part, 2 * part] += gathers
+            if stage <= 1:
+                both = all_reduced(split + kept, world, rank)
+                expected["all_reduce", both, 4 * both] += 1
+            else:
+                expected["reduce_scatter", part, 4 * part] += micro
+                both = all_reduced(kept, world, rank)
+                expected["all_reduce", both, 4 * both] += micro if kept else 0
+        assert found == +expected
+
+
+def all_reduced(size, world, rank):
+    """Elements a rank receives: a reduce-scatter of its share, then the others' shares."""
+    own = collectives.shares(size, world)[rank]
+    return (world - 1) * own + size - own
 
 
 def step_traffic(mesh, run):
-    composed, dataset = fp64_plan(run, mesh)
-    state = fp64_state(composed)
-    assert composed.layout.stage == 0 or all(s.dim is not None for s in tree.leaves(composed.layout.specs))
-    share = (mesh.dp.rank, mesh.dp.size)
+    """Counts of (operation, elements, bytes) over the transfers of one step's gradients."""
+    dataset = data.open_dataset(run.data)
+    composed = plan.make(run, dataset, mesh)
+    state, share = train.init_state(composed, KEY), (mesh.dp.rank, mesh.dp.size)
     (batch,) = loader.batches(dataset, KEY, global_batch=run.global_batch, stop=1, part=share)
     with collectives.recording() as events:
         train.gradients(composed, state.params, batch, KEY)
-    totals = collectives.totals(events)
-    return (
-        sum(t.elements for op, t in totals.items() if op.startswith("all_gather")),
-        sum(t.elements for op, t in totals.items() if not op.startswith("all_gather")),
-    )
+    return collections.Counter((e.op, e.elements, e.bytes) for e in events if e.phase == "started")
 
 
 @pytest.mark.parametrize("world", [2], scope="session")

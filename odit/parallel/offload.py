@@ -64,7 +64,12 @@ class Offload:
     """
 
     def __init__(
-        self, layout: zero.Layout, optimizer: optim.Optimizer, host: Iterable[int], budget: float | None = None
+        self,
+        layout: zero.Layout,
+        optimizer: optim.Optimizer,
+        host: Iterable[int],
+        budget: float | None = None,
+        num_micro: int = 1,
     ):
         assert layout.stage >= 2, "gradients leave block by block in stages 2 and 3 alone"
         self.layout, self.optimizer, self.host = layout, optimizer, set(host)
@@ -84,7 +89,7 @@ class Offload:
             self.working |= dict(zip(bundle, flat.split([self.sizes[n] for n in bundle])))
         self.totals: dict[int, Tensor] = {}
         self.cast_from: tree.Tree = None  # the parameters that ``working`` was cast from
-        self.budget, self.steps = budget, 0
+        self.budget, self.num_micro, self.steps = budget, num_micro, 0
         if budget is not None:  # the allocator frees what it caches rather than pass this, and fails at it
             total = torch.cuda.mem_get_info(layout.device)[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
@@ -162,14 +167,14 @@ class Offload:
         self.steps += 1
         if self.budget is None or self.steps != MEASURED + 1:
             return {}
-        peak = torch.cuda.max_memory_allocated(self.layout.device)
+        peak = torch.cuda.max_memory_reserved()
         return self.move(self.fitting(self.budget * (1 - MARGIN) - peak), params, opt, ema)
 
     def fitting(self, room: float) -> set[int]:
-        """Host leaves, in order, that fit into ``room`` bytes with their gradients."""
+        """Host leaves, in order, that fit into ``room`` bytes with their gradients (two at once with micro-batches)."""
         found = set()
         for n in sorted(self.host):
-            size = self.sizes[n] * (16 + 4)
+            size = self.sizes[n] * (16 + (4 if self.num_micro == 1 else 8))
             if size <= room:
                 found.add(n)
                 room -= size
