@@ -10,8 +10,8 @@ from test_zero import KEY, fp64_plan, fp64_state, with_
 from odit import config, data, memory, optim, plan, random, train, tree
 from odit.data import loader
 from odit.models import dit
-from odit.param import Param, zeros
 from odit.parallel import mesh, offload, zero
+from odit.param import Param, zeros
 
 
 def fp32_host(size, dtype=torch.float32):

@@ -167,14 +167,17 @@ class Offload:
         self.steps += 1
         if self.budget is None or self.steps != MEASURED + 1:
             return {}
-        peak = torch.cuda.max_memory_reserved()
-        return self.move(self.fitting(self.budget * (1 - MARGIN) - peak), params, opt, ema)
+        room = self.budget * (1 - MARGIN) - torch.cuda.max_memory_reserved()
+        return self.move(self.fitting(room, tree.leaves(params)[0].element_size()), params, opt, ema)
 
-    def fitting(self, room: float) -> set[int]:
-        """Host leaves, in order, that fit into ``room`` bytes with their gradients (two at once with micro-batches)."""
+    def fitting(self, room: float, width: int = 4) -> set[int]:
+        """Host leaves, in order, whose state and gradients (two at once with micro-batches) fit into ``room`` bytes.
+
+        ``width`` is that of an element of the masters.
+        """
         found = set()
         for n in sorted(self.host):
-            size = self.sizes[n] * (16 + (4 if self.num_micro == 1 else 8))
+            size = self.sizes[n] * width * (5 if self.num_micro == 1 else 6)
             if size <= room:
                 found.add(n)
                 room -= size
