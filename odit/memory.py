@@ -20,6 +20,7 @@ from odit.parallel import offload, zero
 from odit.plan import Plan
 
 META = torch.device("meta")
+SLACK = 0.005
 
 
 class Memory(NamedTuple):
@@ -63,38 +64,51 @@ def describe(plan: Plan) -> str:
 
 
 class Weigh(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make while it is on, but not those of ``elsewhere``."""
+    """Counts the bytes of all storages that operators make while it is on, but not those of ``elsewhere``.
+
+    ``peak`` is exact to ``SLACK``: summing at every operator of a growing step would take many seconds.
+    """
 
     def __init__(self, elsewhere: list[torch.Tensor]):
         super().__init__()
         self.elsewhere = {x.untyped_storage()._cdata for x in elsewhere}
-        self.refs: dict[int, tuple[StorageWeakRef, int]] = {}  # by address; with the size at birth
+        self.refs: dict[int, StorageWeakRef] = {}  # by address
+        self.loose: dict[int, StorageWeakRef] = {}  # those that were seen freed, to be filled again
+        self.sizes: dict[int, int] = {}
         self.peak = 0
-        self.most = 0  # no less than what is alive: exact when last summed, and all made since
+        self.most = 0  # no less than what is alive of refs: exact when last summed, and all made since
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in _pytree.tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.is_meta:
                 storage = x.untyped_storage()
-                if storage._cdata not in self.refs and storage._cdata not in self.elsewhere:
-                    self.refs[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                if storage._cdata not in self.sizes and storage._cdata not in self.elsewhere:
+                    self.refs[storage._cdata] = StorageWeakRef(storage)
+                    self.sizes[storage._cdata] = storage.nbytes()
                     self.most += storage.nbytes()
-        if self.most > self.peak:
+        if self.most + sum(_size(ref) or 0 for ref in self.loose.values()) > self.peak * (1 + SLACK):
             self.peak = max(self.peak, self.now())
         return out
 
     def now(self) -> int:
         """Bytes alive; storages that were freed to be filled again (``zero.free_``) count with what they have now."""
-        alive, exact, most = {}, 0, 0
-        for address, (ref, born) in self.refs.items():
-            storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
-            if storage is not None:
-                alive[address] = (ref, born)
-                exact += storage.nbytes()
-                most += born
-        self.refs, self.most = alive, most
-        return exact
+        tight, loose, sizes = {}, {}, {}
+        for address, ref in [*self.refs.items(), *self.loose.items()]:
+            size = _size(ref)
+            if size is not None:
+                resized = address in self.loose or size != self.sizes[address]
+                (loose if resized else tight)[address] = ref
+                sizes[address] = self.sizes[address]
+        self.refs, self.loose, self.sizes = tight, loose, sizes
+        self.most = sum(sizes[address] for address in tight)
+        return self.most + sum(_size(ref) or 0 for ref in loose.values())
+
+
+def _size(ref: StorageWeakRef) -> int | None:
+    """Bytes of a storage now, None once it is gone."""
+    storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
+    return None if storage is None else storage.nbytes()
 
 
 class _Down:

@@ -30,7 +30,6 @@ from torch import Tensor
 from odit import optim, tree
 from odit.parallel import zero
 
-CHUNK = 1 << 22  # elements of a pass: enough for all cores, few enough to find some in the cache again
 ROW = 1 << 12  # elements whose squares one core adds up
 MEASURED = 2  # steps with everything on the host before a budget is filled
 MARGIN = 0.06  # of a budget that stays free, for what the allocator cannot use
@@ -157,8 +156,7 @@ class Offload:
             self._adamw_(p, [g.view(-1) for g in grads], m, v)
             optim.ema_(ema, p, self.settings.ema_decay)
         for n in sorted(self.host):
-            for part in _chunks(self.sizes[n]):
-                self._update_(n, part, clip)
+            self._update_(n, clip)
         self.cast_from = self.trees[0]
         return {"opt": self.opt._replace(count=self.opt.count + 1)}
 
@@ -222,29 +220,22 @@ class Offload:
             arrived.synchronize()
         kept_alive.clear()  # the device may have its memory back
         for n, found in staged:
-            square = 0.0
-            for part in _chunks(self.sizes[n]):
-                grad = self._added(n, part, found[part], first)
-                if not last:
-                    continue
-                if self.settings.unscale != 1:
-                    grad.mul_(self.settings.unscale)
-                square += _squared_norm(grad)
+            total = self._added(n, found, first)
             if last:
-                self.squares[n] = square
+                if self.settings.unscale != 1:
+                    total.mul_(self.settings.unscale)
+                self.squares[n] = _squared_norm(total)
 
-    def _added(self, n: int, part: slice, found: Tensor, first: bool) -> Tensor:
-        """A chunk of the gradient in the masters' dtype, with what earlier micro-batches left."""
+    def _added(self, n: int, found: Tensor, first: bool) -> Tensor:
+        """A leaf's gradient in the masters' dtype, with what earlier micro-batches left."""
         if n not in self.totals:
             self.totals[n] = torch.empty(self.sizes[n], dtype=self.state[n].p.dtype)
-        total = self.totals[n][part]
-        return total.copy_(found) if first else total.add_(found)
+        return self.totals[n].copy_(found) if first else self.totals[n].add_(found)
 
     @torch.no_grad()
-    def _update_(self, n: int, part: slice, clip: float) -> None:
-        """AdamW, EMA and the cast of one chunk."""
-        p, m, v, ema = (x[part] for x in self.state[n])
-        grad = self.totals[n][part]
+    def _update_(self, n: int, clip: float) -> None:
+        """AdamW, EMA and the cast of one host leaf."""
+        (p, m, v, ema), grad = self.state[n], self.totals[n]
         if clip != 1:
             grad.mul_(clip)
         full = len(p) - len(p) % TAIL
@@ -256,7 +247,7 @@ class Offload:
             for x, found in zip((p, grad, m, v), padded):
                 x[full:] = found[:rest]
         optim.ema_([ema], [p], self.settings.ema_decay)
-        self.working[n][part].copy_(p)
+        self.working[n].copy_(p)
 
     def _adamw_(self, p: list[Tensor], grad: list[Tensor], m: list[Tensor], v: list[Tensor]) -> None:
         self.optimizer.update_(p, grad, optim.AdamState(m, v, self.settings.count), self.settings.lr)
@@ -272,7 +263,3 @@ def _squared_norm(x: Tensor) -> float:
     rows = x[: len(x) // ROW * ROW].view(-1, ROW)
     norms = torch.cat([torch.linalg.vector_norm(rows, dim=1), x[rows.numel() :]])
     return float(torch.linalg.vector_norm(norms)) ** 2
-
-
-def _chunks(size: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
