@@ -1,8 +1,14 @@
-"""Judges a digits model: ``python experiments/evaluate.py --checkpoint runs/digits/ema.safetensors``."""
+"""Judges a digits model: ``python experiments/evaluate.py --checkpoint runs/digits/ema.safetensors``.
+
+Under ``torchrun --nproc_per_node 2 -- experiments/evaluate.py ...`` the ranks draw a share of the samples each.
+Without its ``--`` torchrun takes --num for a short form of its own options.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +18,7 @@ from tqdm import tqdm
 
 from odit import checkpoint, config, data, evaluate, health, plan, record, sample
 from odit.health import CheckpointError
+from odit.parallel import mesh as meshes
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Evaluate:
 
 
 def main(args: Evaluate) -> None:
-    """Loads, draws, judges; the last line is the class accuracy."""
+    """Joins the other ranks, loads, draws, judges; the last line is the class accuracy."""
     if args.num < 20:
         raise ValueError(f"num is {args.num}: a Frechet distance needs more samples, use 20 or more (1000 is usual)")
     if not args.checkpoint.exists():
@@ -54,19 +61,25 @@ def main(args: Evaluate) -> None:
     dataset = data.open_dataset(run.data)
     if not len(dataset.held_out_ids):
         raise ValueError(f"checkpoint {args.checkpoint} held no digits out, so nothing tells how good a judge is")
-    composed = plan.make(dataclasses.replace(plan.alone(run), device=args.device), dataset)
-    sampling = sample.override(
-        run.sampling, composed.shape.num_classes, solver=args.solver, steps=args.steps, scale=args.guidance
-    )
-    plan.check_sampling(sampling, run.model, composed.shape, composed.objective)
-    params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
-    found = evaluate.evaluate(
-        composed, params, dataset, num=args.num, seed=args.seed, sampling=sampling,
-        progress=lambda steps: tqdm(steps, unit="step", leave=False),
-    )  # fmt: skip
-    if args.out:
-        record.write_json(args.out, {**found, "sampling": config.to_json(sampling), "seed": args.seed})
-    print(evaluate.report(found))
+    rank, world, _ = meshes.start(plan.pick_device(args.device))
+    with contextlib.ExitStack() as stack:
+        stack.callback(meshes.stop)
+        # nothing is trained here: a batch that any number of ranks divides
+        alone = dataclasses.replace(plan.alone(run), global_batch=world, device=args.device)
+        composed = plan.make(alone, dataset, meshes.make_mesh(world, rank, None, 1))
+        sampling = sample.override(
+            run.sampling, composed.shape.num_classes, solver=args.solver, steps=args.steps, scale=args.guidance
+        )
+        plan.check_sampling(sampling, run.model, composed.shape, composed.objective)
+        params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
+        found = evaluate.evaluate(
+            composed, params, dataset, num=args.num, seed=args.seed, sampling=sampling,
+            progress=functools.partial(tqdm, unit="step", leave=False, disable=rank > 0),
+        )  # fmt: skip
+        if rank == 0:
+            if args.out:
+                record.write_json(args.out, {**found, "sampling": config.to_json(sampling), "seed": args.seed})
+            print(evaluate.report(found))
 
 
 def cli() -> None:

@@ -1,8 +1,14 @@
-"""Draws pictures: ``python experiments/sample.py --checkpoint runs/digits/ema.safetensors --out x.png --num 16``."""
+"""Draws pictures: ``python experiments/sample.py --checkpoint runs/digits/ema.safetensors --out x.png --num 16``.
+
+Under ``torchrun --nproc_per_node 2 -- experiments/sample.py ...`` the ranks draw a share each, of the same pictures.
+Without its ``--`` torchrun takes --num for a short form of its own options.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -15,6 +21,7 @@ from tqdm import tqdm
 from odit import checkpoint, config, health, plan, random, record, sample
 from odit.health import CheckpointError
 from odit.models import dit
+from odit.parallel import mesh as meshes
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Sample:
     weights: Literal["ema", "param"] = "ema"
     """Averaged or live weights, where the checkpoint has both."""
     batch: int = 64
-    """Pictures at once."""
+    """Pictures at once on one rank."""
     columns: int | None = None
     """Columns of the grid; about square unless given."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
@@ -56,46 +63,51 @@ class Sample:
 
 
 def main(args: Sample) -> None:
-    """Loads, draws, writes."""
+    """Joins the other ranks, loads, draws, writes."""
     for name in ("num", "batch", "columns"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}: use 1 or more")
-    composed = open_plan(args)
-    sampling = sample.override(
-        composed.run.sampling,
-        composed.shape.num_classes,
-        solver=args.solver,
-        steps=args.steps,
-        scale=args.guidance,
-        interval=args.interval,
-        channels=args.channels,
-    )
-    plan.check_sampling(sampling, composed.run.model, composed.shape, composed.objective)
-    labels = sample.choose_labels(args.num, composed.shape.num_classes, args.label)
-    for path in filter(None, (args.out, args.tensors)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work
-    params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
-    pictures = sample.sample(
-        composed,
-        params,
-        labels,
-        random.key(args.seed),
-        sampling=sampling,
-        batch=args.batch,
-        progress=lambda steps: tqdm(steps, unit="step", leave=False),
-    )
-    write(args, composed, sampling, labels, pictures)
-    print(f"{args.num} samples: {args.out}")
+    rank, world, _ = meshes.start(plan.pick_device(args.device))
+    with contextlib.ExitStack() as stack:
+        stack.callback(meshes.stop)
+        composed = open_plan(args, meshes.make_mesh(world, rank, None, 1))
+        sampling = sample.override(
+            composed.run.sampling,
+            composed.shape.num_classes,
+            solver=args.solver,
+            steps=args.steps,
+            scale=args.guidance,
+            interval=args.interval,
+            channels=args.channels,
+        )
+        plan.check_sampling(sampling, composed.run.model, composed.shape, composed.objective)
+        labels = sample.choose_labels(args.num, composed.shape.num_classes, args.label)
+        for path in filter(None, (args.out, args.tensors)):
+            path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work
+        params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
+        pictures = sample.sample(
+            composed,
+            params,
+            labels,
+            random.key(args.seed),
+            sampling=sampling,
+            batch=args.batch,
+            progress=functools.partial(tqdm, unit="step", leave=False, disable=rank > 0),
+        )
+        if rank == 0:
+            write(args, composed, sampling, labels, pictures)
+            print(f"{args.num} samples: {args.out}")
 
 
-def open_plan(args: Sample) -> plan.Plan:
-    """The plan of the run that wrote the weights, on this machine's device."""
+def open_plan(args: Sample, mesh: meshes.Mesh) -> plan.Plan:
+    """The plan of the run that wrote the weights, on these ranks, each with whole weights."""
     if not args.checkpoint.exists():
         raise CheckpointError(f"checkpoint {args.checkpoint} does not exist")
     about = checkpoint.read_about(args.checkpoint)
-    run = config.from_json(config.Run, about["config"])
-    run = dataclasses.replace(plan.alone(run), precision=args.precision or run.precision, device=args.device)
-    return plan.compose(run, dit.Shape(**about["shape"]))
+    run = plan.alone(config.from_json(config.Run, about["config"]))
+    # nothing is trained here: a batch that any number of ranks divides
+    changes = {"global_batch": mesh.world, "precision": args.precision or run.precision, "device": args.device}
+    return plan.compose(dataclasses.replace(run, **changes), dit.Shape(**about["shape"]), mesh)
 
 
 def write(args: Sample, composed: plan.Plan, sampling: config.Sampling, labels, pictures) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from odit import metrics, random, sample, tree
 from odit.config import Sampling
 from odit.data import Dataset
+from odit.parallel import collectives
 from odit.plan import Plan
 
 KEY = random.fold_in(random.key(0), "evaluate")  # the judge is the same for every run
@@ -25,6 +28,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Draws ``num`` pictures, spread evenly over the classes; a classifier trained on the real ones judges them.
 
+    All ranks draw, the first judges, and all return what it found.
+
     Returns:
         class_accuracy, judge_accuracy: percent; the judge's own is on held-out pictures.
         frechet: squared distance of generated to real training pictures in the judge's features.
@@ -33,18 +38,27 @@ def evaluate(
             pictures; a model that copies falls far below the second.
         copies: generated pictures nearer to a training picture than any held-out one is.
     """
-    x_train, y_train = dataset.read(dataset.train_ids)
-    x_held, y_held = dataset.read(dataset.held_out_ids)
-    judge = metrics.train_judge(x_train, y_train, x_held, y_held, dataset.num_classes, random.fold_in(KEY, "judge"))
     labels = sample.spread_labels(num, dataset.num_classes)
     key = random.fold_in(random.key(seed), "evaluate")
     pictures = sample.sample(plan, params, labels, key, sampling=sampling, progress=progress).clamp(-1, 1)
+    found = measure(pictures, labels, dataset) if plan.mesh.rank == 0 else None
+    return collectives.broadcast_object(plan.mesh.all, found)
+
+
+def measure(pictures: Tensor, labels: Tensor, dataset: Dataset) -> dict[str, Any]:
+    """The figures of ``evaluate`` for pictures that should show ``labels``; trains the judge.
+
+    One rank's work: a judge's bits depend on the device and the number of threads that trained it.
+    """
+    x_train, y_train = dataset.read(dataset.train_ids)
+    x_held, y_held = dataset.read(dataset.held_out_ids)
+    judge = metrics.train_judge(x_train, y_train, x_held, y_held, dataset.num_classes, random.fold_in(KEY, "judge"))
     logits, features = metrics.classify(judge, pictures)
     _, real = metrics.classify(judge, x_train)
     nearest = metrics.nearest(pictures, x_train)
     nearest_held = metrics.nearest(x_held, x_train)
     return {
-        "num": num,
+        "num": len(pictures),
         "class_accuracy": 100 * float((logits.argmax(-1) == labels).double().mean()),
         "judge_accuracy": 100 * judge.accuracy,
         "frechet": metrics.frechet(*metrics.moments(features), *metrics.moments(real)),

@@ -1,4 +1,4 @@
-"""Sampling: pictures from weights, each a function of (seed, picture index, label), whatever the batch."""
+"""Sampling: pictures from weights, each a function of (seed, picture index, label), whatever the batch and ranks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from odit import plan as plans
 from odit import random, tree
 from odit.config import Sampling
 from odit.diffusion import guidance, solvers
+from odit.parallel.spread import spread
 from odit.plan import Plan
 
 
@@ -29,20 +30,23 @@ def sample(
 ) -> Tensor:
     """Draws one picture a label: (N, C, H, W) fp32, as the model left them (not clamped).
 
+    Ranks along dp draw a share each; all of them return all pictures.
+
     Args:
         labels_N: int64; picture ``start + n`` shows label n. The null label gives unconditional pictures.
         start: index of the first picture; its noise depends on key and index alone.
+        batch: pictures at once on one rank.
         progress: wraps the iterable of solver steps, such as tqdm.
     """
     sampling = sampling or plan.run.sampling
-    indices = torch.arange(start, start + len(labels_N))
     with torch.no_grad():
         working = plan.inference(params)
-        parts = [
-            _sample_batch(plan, working, y.to(plan.device), ids.to(plan.device), key, sampling, progress)
-            for y, ids in zip(labels_N.split(batch), indices.split(batch))
-        ]
-    return torch.cat(parts).float().cpu()
+
+        def pictures(places_B: Tensor) -> Tensor:
+            ids_B = (start + places_B).to(plan.device)
+            return _sample_batch(plan, working, labels_N[places_B].to(plan.device), ids_B, key, sampling, progress)
+
+        return spread(pictures, len(labels_N), plan.mesh.dp, batch).float()
 
 
 def _sample_batch(plan, working, labels_B, ids_B, key, sampling: Sampling, progress) -> Tensor:

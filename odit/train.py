@@ -231,6 +231,7 @@ def gradients(
         loss_B, grads = part_gradients(plan, params, held, x, y, draws, scale, sink)
         all_losses.append(loss_B)
         total = add(total, grads, params)
+        del grads  # or they would stand beside the sum until the next ones come
     total = layout.reduce(total)
     if scale != 1:
         torch._foreach_mul_([g for g in tree.leaves(total) if g is not None], 1 / scale)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from odit import random, train, tree
 from odit.data import BadSample, DataError, Dataset
-from odit.ops import Ops
+from odit.ops import Ops, at_least_fp32
+from odit.parallel import collectives
+from odit.parallel.spread import spread
 from odit.plan import Plan
 
 KEY = random.fold_in(random.key(0), "validation")  # not the run's seed: runs that differ in seed are measured alike
@@ -23,14 +25,32 @@ def validate(
 
     Every held-out sample is seen ``validation_draws`` times; bin 0 is the lowest tenth of t. With ``grad_norms`` the
     mean norm of a sample's gradient in each bin is added as ``grad_norm_t*``. A bin no draw fell into is left out, and
-    so are pictures that cannot be read: ``on_bad(path, reason)`` is told of each; raises DataError where none is left.
+    so are pictures that cannot be read: ``on_bad(path, reason)`` is told of each once, on a rank that met it.
+
+    Ranks along dp measure a share each, and all return the same; a picture that only some of them can read does not
+    keep them apart. Raises DataError, on all of them, where no picture can be read.
     """
+    ids, axis = dataset.held_out_ids, plan.mesh.dp
+    if not len(ids):
+        raise DataError("there are no held-out samples to validate on")
     with torch.no_grad():
-        working = plan.inference(params)
-    ids = _readable(dataset, plan.micro_batch, on_bad or (lambda path, reason: None))
-    repeats = range(plan.run.validation_draws)
-    found = [_part(plan, working, dataset, part, i) for i in repeats for part in ids.split(plan.micro_batch)]
-    bins, *values = (torch.cat(column).double() for column in zip(*found))
+        # Gradients of single samples need the whole weights at once; plan refuses them where zero does not keep these.
+        working = (plan.layout.hold(params).whole, plan.ops) if plan.run.grad_norms else plan.inference(params)
+    bad: dict[str, str] = {}
+
+    def measured(places_B: Tensor) -> Tensor:
+        repeats_B, ids_B = places_B // len(ids), ids[places_B % len(ids)]
+        x, y, read_B = _read(dataset, ids_B, bad)
+        return _measure(plan, working, x, y, read_B, ids_B + (repeats_B << 32))
+
+    rows = spread(measured, plan.run.validation_draws * len(ids), axis, plan.micro_batch)
+    told = set().union(*collectives.gather_objects(axis, set(bad))[: axis.rank])
+    for path, reason in bad.items():
+        if on_bad is not None and path not in told:
+            on_bad(path, reason)
+    read, bins, *values = rows[rows[:, 0] == 1].unbind(1)
+    if not len(read):
+        raise DataError(f"none of the {len(ids)} held-out samples can be read")
     result = {"loss": float(values[0].mean())}
     for name, value in zip(("loss", "grad_norm"), values):
         for b in range(BINS):
@@ -39,38 +59,27 @@ def validate(
     return result
 
 
-def _readable(dataset: Dataset, chunk: int, on_bad: Callable[[str, str], None]) -> Tensor:
-    """The held-out ids whose pictures can be read."""
-    good = []
-    for ids in dataset.held_out_ids.split(chunk):
-        try:
-            dataset.read(ids)
-            good.append(ids)
-        except BadSample:
-            good += [one for one in ids.split(1) if _can_read(dataset, one, on_bad)]
-    if not good:
-        raise DataError(f"none of the {len(dataset.held_out_ids)} held-out samples can be read")
-    return torch.cat(good)
-
-
-def _can_read(dataset: Dataset, one: Tensor, on_bad: Callable[[str, str], None]) -> bool:
+def _read(dataset: Dataset, ids_B: Tensor, bad: dict[str, str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures, labels and which of them could be read; zeros stand in for the others, which ``bad`` then names."""
     try:
-        dataset.read(one)
+        return *dataset.read(ids_B), torch.ones(len(ids_B), dtype=torch.bool)
     except BadSample as error:
-        on_bad(error.path, error.reason)
-        return False
-    return True
+        if len(ids_B) > 1:
+            x, y, read = zip(*(_read(dataset, one, bad) for one in ids_B.split(1)))
+            return torch.cat(x), torch.cat(y), torch.cat(read)
+        bad[error.path] = error.reason
+        return torch.zeros(1, *dataset.shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
 
 
-def _part(plan: Plan, working: tuple[tree.Tree, Ops], dataset: Dataset, ids: Tensor, repeat: int) -> tuple[Tensor, ...]:
-    x, y = (field.to(plan.device) for field in dataset.read(ids))
-    draws = train.draw(plan, (ids + (repeat << 32)).to(plan.device), tuple(x.shape[1:]), KEY)
-    bins = plan.objective.bins(draws.t_B, BINS)
+def _measure(plan: Plan, working: tuple[tree.Tree, Ops], x: Tensor, y: Tensor, read_B: Tensor, ids_B: Tensor) -> Tensor:
+    """A row a sample, fp64: whether it was read, bin of t, loss and, with ``grad_norms``, the norm of its gradient."""
+    x, y, read_B, ids_B = (field.to(plan.device) for field in (x, y, read_B, ids_B))
+    draws = train.draw(plan, ids_B, tuple(x.shape[1:]), KEY)
     with torch.no_grad():
-        loss_B = train.losses(plan, *working, x, y, draws)
-    if not plan.run.grad_norms:
-        return bins, loss_B
-    return bins, loss_B, sample_grad_norms(plan, working[0], x, y, draws)
+        columns = [read_B, plan.objective.bins(draws.t_B, BINS), train.losses(plan, *working, x, y, draws)]
+    if plan.run.grad_norms:
+        columns.append(sample_grad_norms(plan, working[0], x, y, draws))
+    return torch.stack([column.double() for column in columns], 1)
 
 
 def sample_grad_norms(
@@ -81,6 +90,6 @@ def sample_grad_norms(
     def norm(x, y, t, noise, dropped):
         one = train.Draws(t[None], noise[None], dropped[None])
         grads = torch.func.grad(lambda p: train.losses(plan, p, plan.ops, x[None], y[None], one).sum())(params)
-        return torch.stack([g.float().square().sum() for g in tree.leaves(grads)]).sum().sqrt()
+        return torch.stack([at_least_fp32(g).square().sum() for g in tree.leaves(grads)]).sum().sqrt()
 
     return torch.func.vmap(norm, chunk_size=chunk)(x_BCHW, y_B, *draws)

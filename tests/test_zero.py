@@ -303,7 +303,7 @@ def test_a_step_leaves_nothing_behind(how):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("remat", ["none", "block"])
-@pytest.mark.parametrize("how", [*STAGES[1:], "3 auto"])
+@pytest.mark.parametrize("how", STAGES[1:])
 def test_on_a_gpu_side_streams_change_nothing(how, remat):
     """Six steps in fp64, where copies on other streams run beside computing, against stage 0."""
     loss, state = stage_0_on_a_gpu()
@@ -312,7 +312,7 @@ def test_on_a_gpu_side_streams_change_nothing(how, remat):
     for (path, a), b in zip(tree.items([state.params, state.ema]), tree.leaves([found.params, found.ema])):
         assert (a.cpu() - b.cpu()).norm() <= 1e-11 * a.norm().cpu(), path
     devices = {x.device.type for x in tree.leaves([found.params, found.ema, found.opt.m, found.opt.v])}
-    assert devices == {"3 auto": {"cpu", "cuda"}, "2 offload": {"cpu"}, "3 offload": {"cpu"}}.get(how, {"cuda"})
+    assert devices == {"cpu" if how.endswith("offload") else "cuda"}
 
 
 @functools.lru_cache(maxsize=1)
@@ -321,27 +321,18 @@ def stage_0_on_a_gpu():
 
 
 def six_steps_on_a_gpu(how, remat):
-    offload = {"offload": "optimizer", "auto": "auto"}.get(how[2:], "none")
     run = dataclasses.replace(
-        with_(int(how[0]), 2, remat, 0.5, offload=offload),
+        with_(int(how[0]), 2, remat, 0.5, offload="optimizer" if how.endswith("offload") else "none"),
         device="cuda",
         steps=6,
         data=data.Config(source="synthetic", image_size=32, channels=4, num_classes=10, held_out=0.0),
         model=dit.Config(width=512, depth=4, heads=8, patch=2),
     )
-    if offload == "auto":
-        run = dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, memory_gib=GPU_GIB[remat]))
     composed, dataset = fp64_plan(run)
     state, step = fp64_state(composed), train.make_step(composed)
     moved = [tree.map(lambda x: x.to(composed.home), t) for t in (state.params, state.opt.m, state.opt.v, state.ema)]
     opt = state.opt._replace(m=moved[1], v=moved[2])
     state = state._replace(params=moved[0], opt=opt, ema=moved[3])
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     for batch in loader.batches(dataset, KEY, global_batch=run.global_batch, stop=6):
         state, metrics = step(state, batch, KEY)
-    torch.cuda.set_per_process_memory_fraction(1.0)
     return metrics["loss"], state
-
-
-GPU_GIB = {"none": 2.2, "block": 1.3}  # budgets under which some leaves move to the device and some stay
