@@ -75,7 +75,10 @@ def zero_row(cfg: Zero, layout: str, mesh: meshes.Mesh) -> dict[str, Any]:
     try:
         found = measure_steps(cfg, composed)
     except torch.OutOfMemoryError as error:
+        if mesh.world > 1:
+            raise  # the other ranks wait in this step
         return {**about, "ranks": mesh.world, "device": where, "error": str(error).split(". ")[0]}
+    peak = max(collectives.gather_objects(mesh.all, found["peak"]))  # of the rank that holds most
     flops = 6 * dit.macs(run.model, composed.shape) * cfg.batch
     ms = sorted(found["ms"])[len(found["ms"]) // 2]
     return {
@@ -86,7 +89,7 @@ def zero_row(cfg: Zero, layout: str, mesh: meshes.Mesh) -> dict[str, Any]:
         "ms": round(ms, 2),
         "samples_per_s": round(1e3 * cfg.batch / ms, 1),
         "tflops": round(flops / ms / 1e9, 2),
-        "peak_gib": round(found["peak"] / 2**30, 3),
+        "peak_gib": round(peak / 2**30, 3),
         **({"planned_gib": round(planned / 2**30, 3)} if planned else {}),
         **({"reserved_gib": round(found["reserved"] / 2**30, 3)} if "reserved" in found else {}),
         "gathered_mib": round(found["gathered"] / 2**20, 3),

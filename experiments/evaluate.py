@@ -66,7 +66,10 @@ def main(args: Evaluate) -> None:
         stack.callback(meshes.stop)
         # nothing is trained here: a batch that any number of ranks divides
         alone = dataclasses.replace(plan.alone(run), global_batch=world, device=args.device)
-        composed = plan.make(alone, dataset, meshes.make_mesh(world, rank, None, 1))
+        health.same_everywhere(meshes.store(), rank, world, "command line", config.to_json(args))
+        mesh = meshes.make_mesh(world, rank, None, 1)
+        meshes.warm_up(mesh)
+        composed = plan.make(alone, dataset, mesh)
         sampling = sample.override(
             run.sampling, composed.shape.num_classes, solver=args.solver, steps=args.steps, scale=args.guidance
         )

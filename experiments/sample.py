@@ -70,7 +70,10 @@ def main(args: Sample) -> None:
     rank, world, _ = meshes.start(plan.pick_device(args.device))
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
-        composed = open_plan(args, meshes.make_mesh(world, rank, None, 1))
+        health.same_everywhere(meshes.store(), rank, world, "command line", config.to_json(args))
+        mesh = meshes.make_mesh(world, rank, None, 1)
+        meshes.warm_up(mesh)
+        composed = open_plan(args, mesh)
         sampling = sample.override(
             composed.run.sampling,
             composed.shape.num_classes,

@@ -77,7 +77,10 @@ def restore(composed: plan.Plan, dataset: data.Dataset) -> train.TrainState | No
                 "or use another --out"
             )
         return None
-    path = checkpoint.find(run.resume, run.out)
+    everybody = composed.mesh.all
+    path = collectives.broadcast_object(
+        everybody, checkpoint.find(run.resume, run.out) if everybody.rank == 0 else None
+    )
     if path is None:
         say(composed, f"resume latest: no checkpoint in {run.out}, starting at step 0")
         return None
@@ -96,7 +99,7 @@ def restore(composed: plan.Plan, dataset: data.Dataset) -> train.TrainState | No
                 "use that value, or start a new run from its weights with --init-from"
             )
     state, _ = checkpoint.load(path, composed)
-    collectives.barrier(composed.mesh.all)  # everybody has found and read it
+    collectives.barrier(everybody)  # everybody has read it
     if composed.mesh.rank == 0:
         checkpoint.set_aside(run.out, state.step)
     say(composed, f"resumed from {path} at step {state.step}")
@@ -252,7 +255,7 @@ def finish(composed, dataset, state, recorder) -> None:
     run, out = composed.run, composed.run.out
     if composed.mesh.rank == 0:
         # Read back from the checkpoint: no rank ever holds the whole EMA while it trains.
-        alone = plan.compose(plan.alone(run), composed.shape)
+        alone = plan.compose(dataclasses.replace(plan.alone(run), device="cpu"), composed.shape)
         whole = checkpoint.load_weights(out / "checkpoints" / f"step_{state.step:08d}", alone)
         checkpoint.save_weights(out / "ema.safetensors", whole, about(composed, dataset, state))
     say(composed, f"weights: {out / 'ema.safetensors'}\nsamples: {out / 'samples' / f'step_{state.step:08d}.png'}")

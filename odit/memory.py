@@ -7,6 +7,7 @@ real one needs. The allocator's rounding and kernels' own workspaces are not in 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ def predict(plan: Plan) -> Memory:
             opt = train.optimizer(fake).init({})._replace(m=state[1], v=state[2])
             train.optimizer(fake).update_(params, grads, opt, 1e-4)
         del grads
-    num = sum(map(_product, parts))
+    num = sum(map(math.prod, parts))
     host = offload.host_bytes(num, plan.dtype) if offloads else 0
     return Memory(weigh.peak, standing, host)
 
@@ -153,10 +154,3 @@ def _flash_on_meta(record: ops.Ops) -> ops.Ops:
 
 def _empty(like: tree.Tree, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> tree.Tree:
     return tree.unflatten(like, [torch.empty(shape, dtype=dtype, device=META) for shape in shapes])
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

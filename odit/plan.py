@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +85,7 @@ class Plan:
     def inference(self, params: tree.Tree) -> tuple[tree.Tree, Ops]:
         """Parameters and record for forward passes without gradients, from this rank's parts of the weights."""
         if self.home != self.device:  # cast once, not in each forward pass
-            params = tree.map(lambda p: _pinned(p.to(self.dtype)) if p.device != self.device else p, params)
+            params = tree.map(lambda p: _pinned(p.to(self.dtype)) if p.device.type == "cpu" else p, params)
         held = self.layout.hold(params)
         return self.layout.view(self.layout.targets(params, held), held, self.ops)
 
@@ -238,9 +240,14 @@ def compose(run: Run, shape: dit.Shape, mesh: Mesh | None = None) -> Plan:
     """Composes the plan of a run for data of a known shape, on one rank unless a mesh is given; checks first."""
     mesh = mesh or single()
     check(run, shape, mesh.world)
+    device, notes = pick_device(run.device), []
     if run.threads:
         torch.set_num_threads(run.threads)
-    device, notes = pick_device(run.device), []
+    elif (
+        run.parallel.offload != "none" and device.type == "cuda"
+    ):  # the CPU updates; torchrun leaves it one core a rank
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    _check_budget(run, device)
     objective = diffusion.build(run.diffusion)
     if not shape.num_classes:
         notes.append("guidance: none (the data has no classes)")
@@ -261,6 +268,15 @@ def compose(run: Run, shape: dit.Shape, mesh: Mesh | None = None) -> Plan:
         mesh=mesh,
         notes=tuple(notes),
     )
+
+
+def _check_budget(run: Run, device: torch.device) -> None:
+    gib = run.parallel.memory_gib
+    if gib is not None and gib * 2**30 > (total := torch.cuda.mem_get_info(device)[1]):
+        raise ValueError(
+            f"parallel.memory_gib is {gib} but this GPU has {total / 2**30:.1f} GiB: use less, or leave it out for "
+            f"{0.95 * total / 2**30:.1f}"
+        )
 
 
 def alone(run: Run) -> Run:
@@ -311,5 +327,5 @@ def describe(plan: Plan) -> str:
         + (f", {plan.mesh.world} ranks, zero {plan.layout.stage}" if plan.mesh.world > 1 or plan.layout.stage else ""),
     ]
     if plan.layout.stage and (whole := unsplit(plan.declared, plan.layout.specs)):
-        lines.append(f"zero: {len(whole)} leaves cannot be split, the first: {whole[0]}")
+        lines += [f"zero: {line}" for line in whole if not re.match(rf"{zero.BLOCKS}\.[1-9]", line)]  # blocks are alike
     return "\n".join([*lines, *plan.notes])

@@ -174,7 +174,7 @@ def advance(
     """The state after an update by AdamW and EMA, given gradients and their global norm; leaves move in place."""
     clip = plan.run.optimizer.clip
     if host is not None:
-        return state._replace(**host.update_(grads, min(1.0, clip / norm) if clip else 1.0))
+        return state._replace(**host.update_(grads, clip / max(norm, clip) if clip else 1.0))
     if clip:
         optim.clip_(grads, norm, clip)
     opt = optimizer(plan).update_(state.params, grads, state.opt, lr)
@@ -185,16 +185,20 @@ def advance(
 def agree(
     plan: Plan, loss_B: Tensor, grads: tree.Tree, word: int, host: offload.Offload | None = None
 ) -> tuple[float, float, int]:
-    """(mean loss, global gradient norm, draw digest) over all ranks, by one small all-reduce; the same on each."""
+    """(mean loss, global gradient norm, draw digest) over all ranks, by one small all-reduce; the same bits on each.
+
+    Leaves that are whole everywhere count once, with what the first rank has.
+    """
     split, whole = plan.layout.squared_norm(grads)
     host_split, host_whole = host.squared_norm() if host is not None else (0.0, 0.0)
     pieces = [(word >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]  # fp64 sums them exactly
+    if plan.layout.axis.rank == 0:
+        split, host_split = split.double() + whole, host_split + host_whole
     numbers = torch.stack([loss_B.double().sum(), split.double() + host_split])
     told = torch.cat([numbers, torch.tensor(pieces, dtype=torch.float64, device=plan.device)])
     loss, square, *pieces = collectives.all_reduce_(told, plan.layout.axis).tolist()
     word = sum(int(piece) << shift for piece, shift in zip(pieces, (0, 16, 32, 48)))
-    norm = math.sqrt(square + float(whole) + host_whole)
-    return loss / plan.run.global_batch, norm, word & (2**64 - 1)
+    return loss / plan.run.global_batch, math.sqrt(square), word & (2**64 - 1)
 
 
 def name_bad(plan: Plan, grads: tree.Tree, host: offload.Offload | None = None) -> str | None:
@@ -233,8 +237,9 @@ def gradients(
         total = add(total, grads, params)
         del grads  # or they would stand beside the sum until the next ones come
     total = layout.reduce(total)
-    if scale != 1:
-        torch._foreach_mul_([g for g in tree.leaves(total) if g is not None], 1 / scale)
+    here = [g for g in tree.leaves(total) if g is not None]
+    if scale != 1 and here:
+        torch._foreach_mul_(here, 1 / scale)
     return torch.cat(all_losses), total, word & (2**64 - 1)
 
 

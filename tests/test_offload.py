@@ -82,6 +82,31 @@ def test_a_step_that_does_not_count_changes_no_bit(stage, clip):
     assert "bad" not in metrics and int(state.opt.count) == 1
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_that_of_the_device(precision):
+    """Five steps from the same state, offloaded and not; fp16's loss scale is 65536."""
+    losses = []
+    for how in ("none", "optimizer"):
+        run = dataclasses.replace(with_(3, clip=0.5, offload=how), precision=precision)
+        dataset = data.open_dataset(run.data)
+        composed = plan.make(run, dataset)
+        state, step = train.init_state(composed, KEY), train.make_step(composed)
+        for batch in loader.batches(dataset, KEY, global_batch=run.global_batch, stop=5):
+            state, metrics = step(state, batch, KEY)
+        losses.append((metrics["loss"], metrics["grad_norm"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_gradients_of_zero_are_a_step_like_any_other(monkeypatch):
+    composed, dataset = fp64_plan(with_(3, clip=0.5, offload="optimizer"))
+    state, step = fp64_state(composed), train.make_step(composed)
+    (batch,) = loader.batches(dataset, KEY, global_batch=composed.run.global_batch, stop=1)
+    losses = train.losses
+    monkeypatch.setattr(train, "losses", lambda *args: 0 * losses(*args))
+    state, metrics = step(state, batch, KEY)
+    assert metrics["grad_norm"] == 0 and int(state.opt.count) == 1
+
+
 def test_leaves_that_move_to_the_device_change_nothing(monkeypatch):
     """After two steps half of the leaves leave the host; five steps end where they would have ended."""
     ends = []

@@ -239,7 +239,16 @@ def test_slurm_starts_one_torchrun_a_node(tmp_path):
         ["bash", "experiments/train.slurm", "digits", "--out", "a b"],
         cwd=ROOT, env=env | {"SLURM_JOB_ID": "123456"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    told = ["--kill-on-bad-exit=1", ".venv/bin/torchrun", "--nnodes", "2", "--nproc_per_node", "gpu"]
+    told = [
+        "--kill-on-bad-exit=1",
+        "--cpus-per-task",
+        "1",
+        ".venv/bin/torchrun",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "gpu",
+    ]
     told += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "n1:23456", "--rdzv_id", "123456"]
     assert done.stdout.splitlines() == [*told, "experiments/train.py", "digits", "--out", "a b"]
 

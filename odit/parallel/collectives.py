@@ -142,7 +142,7 @@ def shift(x: Tensor, axis: Axis, by: int = 1, dim: int = 0, sizes: Sizes | None 
 
 
 class Handle:
-    """A transfer under way; ``wait`` returns its result. A handle never leaves the function that started it."""
+    """A transfer under way; ``wait`` returns its result. A handle never outlives the function that owns it."""
 
     def __init__(self, result: Tensor, finish: Callable[[], None] | None = None):
         self._result, self._finish = result, finish

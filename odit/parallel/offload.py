@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from odit import optim, tree
-from odit.parallel import zero
+from odit.parallel import collectives, zero
 
 ROW = 1 << 12  # elements whose squares one core adds up
 MEASURED = 2  # steps with everything on the host before a budget is filled
@@ -166,6 +166,7 @@ class Offload:
         if self.budget is None or self.steps != MEASURED + 1:
             return {}
         room = self.budget * (1 - MARGIN) - torch.cuda.max_memory_reserved()
+        room = min(collectives.gather_objects(self.layout.axis, room))  # whole leaves live at one place on all ranks
         return self.move(self.fitting(room, tree.leaves(params)[0].element_size()), params, opt, ema)
 
     def fitting(self, room: float, width: int = 4) -> set[int]:

@@ -6,6 +6,7 @@ the axis divides and that no rule claims; a leaf without such a dim is whole eve
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +81,7 @@ def draw(p: Param, path: str, key: random.Key, spec: Spec, axis: Axis) -> Tensor
         return param.draw(p, path, key)
     leaf_key = random.fold_in(key, path)
     outer = p.shape[: spec.dim + 1]
-    row = p.size // _product(outer)  # a row is what hangs below one index of the dims up to the split one
+    row = p.size // math.prod(outer)  # a row is what hangs below one index of the dims up to the split one
     part = torch.empty(spec.local_shape(p.shape)).reshape(-1, outer[-1] // spec.num, row)
     size = part.shape[1]
     for i in range(part.shape[0]):
@@ -94,10 +95,3 @@ def draw(p: Param, path: str, key: random.Key, spec: Spec, axis: Axis) -> Tensor
 def init(declared: tree.Tree, key: random.Key, found: tree.Tree, axis: Axis, device=None) -> tree.Tree:
     """Draws every leaf's part as fp32, one leaf at a time."""
     return tree.map_with_path(lambda path, p, s: draw(p, path, key, s, axis).to(device), declared, found)
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

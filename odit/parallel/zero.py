@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -75,7 +76,7 @@ class Bundle:
     @functools.cached_property
     def sizes(self) -> list[int]:
         """Elements of a rank's part of each leaf."""
-        return [_product(s.local_shape(shape)) for shape, s in zip(self.shapes, self.specs)]
+        return [math.prod(s.local_shape(shape)) for shape, s in zip(self.shapes, self.specs)]
 
     @functools.cached_property
     def split(self) -> list[int]:
@@ -94,9 +95,9 @@ class Bundle:
 
     def start_gather(self, shards: list[Tensor], into: Whole | None = None) -> Gathering:
         """Casts this rank's parts into a row and starts the all-gather of all rows; ``into`` is filled again."""
-        if into is not None:
-            refill_room_(into)
-        whole = into if into is not None or not self.rows_are_whole else self._room()
+        whole = into
+        if self.rows_are_whole:
+            whole = self._filled(into)
         with self._beside():
             mine = self._joined([shards[i] for i in self.split], self.dtype)
             # .data: filling freed weights again is no change that autograd should see
@@ -108,9 +109,9 @@ class Bundle:
         """Waits for the rows and lays them out as whole leaves."""
         pending.handle.wait()
         self._wait(pending.arrived)
-        whole = self._room() if pending.whole is None else pending.whole
         if self.rows_are_whole:
-            return whole
+            return pending.whole
+        whole = self._filled(pending.whole)
         filled = [leaf.data for leaf in whole.leaves]
         for rank, row in enumerate(pending.rows.view(self.axis.size, -1)):
             self._copy([self.specs[i].take(filled[i], rank) for i in self.split], self._cut(row))
@@ -163,14 +164,21 @@ class Bundle:
         if there:
             torch._foreach_copy_(there, here, non_blocking=True)
 
+    def _filled(self, into: Whole | None) -> Whole:
+        """Memory to fill: that of freed leaves taken again, or new."""
+        if into is None:
+            return self._room()
+        refill_room_(into)
+        return into
+
     def _room(self) -> Whole:
-        flat = torch.empty(sum(map(_product, self.shapes)), dtype=self.dtype, device=self.device)
+        flat = torch.empty(sum(map(math.prod, self.shapes)), dtype=self.dtype, device=self.device)
         leaves = [part.view(shape).detach() for part, shape in zip(flat.split(self._whole_sizes), self.shapes)]
         return Whole(flat, leaves)
 
     @functools.cached_property
     def _whole_sizes(self) -> list[int]:
-        return [_product(shape) for shape in self.shapes]
+        return [math.prod(shape) for shape in self.shapes]
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
@@ -355,7 +363,7 @@ class _Layers(torch.autograd.Function):
         training = any(ctx.needs_input_grad)
         pending = blocks.start(0, shards[0])
         for i in range(num_blocks):
-            whole = blocks.finish(i, pending, shards[i])
+            whole, pending = blocks.finish(i, pending, shards[i]), None  # its rows go before the next ones come
             pending = blocks.start(i + 1, shards[i + 1]) if i + 1 < num_blocks else None
             collectives.mark(f"forward {i}")
             run = _Kept.run if training and not remat else _Kept.run_without_graph
@@ -379,7 +387,7 @@ class _Layers(torch.autograd.Function):
         pending, sending = blocks.start(num_blocks - 1, shards[-1], kept[-1].whole), None
         for i in reversed(range(num_blocks)):
             keep, kept[i] = kept[i], None
-            whole = blocks.finish(i, pending, shards[i])
+            whole, pending = blocks.finish(i, pending, shards[i]), None
             pending = blocks.start(i - 1, shards[i - 1], kept[i - 1].whole) if i else None
             if not keep.graph:
                 collectives.mark(f"forward again {i}")
@@ -567,10 +575,3 @@ def layout(
 
 def _without(t: dict, name: str) -> dict:
     return {k: v for k, v in t.items() if k != name}
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
