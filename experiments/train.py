@@ -215,7 +215,8 @@ def periodic(composed, dataset, state, recorder, stop) -> None:
 def grid(composed: plan.Plan, state: train.TrainState):
     """Pictures from the EMA weights, always of the same noise: 8 rows of a column a class, or of 4 columns."""
     labels = sample.spread_labels(8 * columns(composed), min(composed.shape.num_classes, columns(composed)))
-    return sample.sample(composed, state.ema, labels, random.key(composed.run.seed), batch=32)
+    batch = 32 if composed.budget is None else min(32, composed.micro_batch)  # a budget was filled beside micro-batches
+    return sample.sample(composed, state.ema, labels, random.key(composed.run.seed), batch=batch)
 
 
 def columns(composed: plan.Plan) -> int:
