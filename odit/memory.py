@@ -93,7 +93,7 @@ class Weigh(TorchDispatchMode):
         return out
 
     def now(self) -> int:
-        """Bytes alive; storages that were freed to be filled again (``zero.free_``) count with what they have now."""
+        """Bytes alive; storages that were freed to be filled again (``bundle.free_``) count with what they have now."""
         tight, loose, sizes = {}, {}, {}
         for address, ref in [*self.refs.items(), *self.loose.items()]:
             size = _size(ref)

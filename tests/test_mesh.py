@@ -69,11 +69,10 @@ def seats_on_a_rank(mesh) -> dict:
     return seats | {"own": mesh.sp.group is not mesh.all.group, "rank": (mesh.rank, mesh.world)}
 
 
-@pytest.mark.parametrize("sp", (1, 2, 3, 4))
-@pytest.mark.parametrize("world", (1, 2, 3, 4), scope="session")
+@pytest.mark.parametrize(
+    "world, sp", [(w, s) for w in (1, 2, 3, 4) for s in (1, 2, 3, 4) if w % s == 0], scope="session"
+)
 def test_rank_order_is_dp_major(ranks, world, sp):
-    if world % sp:
-        pytest.skip("no such mesh")
     for rank, seats in enumerate(ranks.run(world, seats_on_a_rank, sp=sp)):
         i, j = divmod(rank, sp)
         assert seats["rank"] == (rank, world)

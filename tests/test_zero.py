@@ -266,6 +266,8 @@ def most_alive(mesh, run):
     def note(flat):
         storage = flat.untyped_storage()
         refs.setdefault(storage._cdata, StorageWeakRef(storage))
+        del storage
+        time.sleep(0.03)  # gloo's thread drops its hold on a transfer's tensors a moment after wait() has returned
         alive = [torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in refs.values()]
         peak[0] = max(peak[0], sum(s.nbytes() for s in alive if s is not None) // flat.element_size())
 
