@@ -13,10 +13,10 @@ import torch
 from conftest import redraw
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from odit import checkpoint, config, data, optim, param, plan, random, train, tree
+from odit import checkpoint, config, data, optim, param, plan, random, sample, train, tree, validate
 from odit.data import loader
 from odit.models import dit
-from odit.parallel import collectives, spec, zero
+from odit.parallel import collectives, offload, spec, zero
 from odit.parallel.mesh import single
 
 KEY = random.key(5)
@@ -377,13 +377,31 @@ def test_a_step_leaves_nothing_behind(how):
 @pytest.mark.parametrize("how", STAGES[1:])
 def test_on_a_gpu_side_streams_change_nothing(how, remat):
     """Six steps in fp64, where copies on other streams run beside computing, against stage 0."""
-    loss, state = stage_0_on_a_gpu()
-    found_loss, found = six_steps_on_a_gpu(how, remat)
+    loss, state, _ = stage_0_on_a_gpu()
+    found_loss, found, _ = six_steps_on_a_gpu(how, remat)
     assert abs(loss - found_loss) <= 1e-12 * loss
     for (path, a), b in zip(tree.items([state.params, state.ema]), tree.leaves([found.params, found.ema])):
         assert (a.cpu() - b.cpu()).norm() <= 1e-11 * a.norm().cpu(), path
     devices = {x.device.type for x in tree.leaves([found.params, found.ema, found.opt.m, found.opt.v])}
     assert devices == {"cpu" if how.endswith("offload") else "cuda"}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_placed_state_samples_and_validates(monkeypatch):
+    """Offload auto, where every second leaf has moved to the GPU: what is drawn and measured is that of stage 0."""
+    _, state, expected = stage_0_on_a_gpu()
+    monkeypatch.setattr(offload.Offload, "fitting", lambda host, *room: {n for n in host.host if n % 2})
+    _, placed, found = six_steps_on_a_gpu("3 auto", "none")
+    assert {x.device.type for x in tree.leaves(placed.params)} == {"cpu", "cuda"}
+    for a, b in zip(drawn_and_measured(*expected, state), drawn_and_measured(*found, placed)):
+        assert (a - b).norm() <= 1e-7 * a.norm()  # pictures come rounded to fp32
+
+
+def drawn_and_measured(composed, dataset, state):
+    """Eight pictures of four steps from the EMA, and the validation losses."""
+    sampling = config.Sampling(steps=4, guidance=config.Guidance(scale=2.0))
+    pictures = sample.sample(composed, state.ema, torch.arange(8), KEY, sampling=sampling)
+    return pictures.double(), torch.tensor(list(validate.validate(composed, state.params, dataset).values()))
 
 
 @functools.lru_cache(maxsize=1)
@@ -393,10 +411,10 @@ def stage_0_on_a_gpu():
 
 def six_steps_on_a_gpu(how, remat):
     run = dataclasses.replace(
-        with_(int(how[0]), 2, remat, 0.5, offload="optimizer" if how.endswith("offload") else "none"),
+        with_(int(how[0]), 2, remat, 0.5, offload={"offload": "optimizer", "auto": "auto"}.get(how[2:], "none")),
         device="cuda",
         steps=6,
-        data=data.Config(source="synthetic", image_size=32, channels=4, num_classes=10, held_out=0.0),
+        data=data.Config(source="synthetic", image_size=32, channels=4, num_classes=10, held_out=2**-14),
         model=dit.Config(width=512, depth=4, heads=8, patch=2),
     )
     composed, dataset = fp64_plan(run)
@@ -406,4 +424,4 @@ def six_steps_on_a_gpu(how, remat):
     state = state._replace(params=moved[0], opt=opt, ema=moved[3])
     for batch in loader.batches(dataset, KEY, global_batch=run.global_batch, stop=6):
         state, metrics = step(state, batch, KEY)
-    return metrics["loss"], state
+    return metrics["loss"], state, (composed, dataset)
