@@ -27,7 +27,11 @@ class Parallel:
     sequence: Literal["auto", "none", "fastseq", "ulysses", "ring", "usp", "megatron", "dsp"] = "auto"
     """How ranks share a sample's tokens."""
     ulysses: int | None = None
-    """Inner degree of usp."""
+    """Inner degree of usp: ranks that swap tokens for heads, while the ring is the rest of sp; None: the most that fit."""
+    ring_fp8: bool = False
+    """fastseq's ring carries fp8 with a scale a token (forward pass only); off, it carries what is computed in."""
+    cfg: Literal[1, 2] = 1
+    """2 draws pictures with the halves of a guidance pair on two neighbours along dp."""
     reduce: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which gradients are summed over ranks."""
     remat: Literal["none", "block", "selective"] = "none"

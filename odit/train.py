@@ -187,15 +187,17 @@ def agree(
 ) -> tuple[float, float, int]:
     """(mean loss, global gradient norm, draw digest) over all ranks, by one small all-reduce; the same bits on each.
 
-    Leaves that are whole everywhere count once, with what the first rank has.
+    Leaves that are whole everywhere count once, with what the first rank has; samples with the first rank along sp.
     """
     split, whole = plan.layout.squared_norm(grads)
     host_split, host_whole = host.squared_norm() if host is not None else (0.0, 0.0)
     pieces = [(word >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]  # fp64 sums them exactly
     if plan.layout.axis.rank == 0:
         split, host_split = split.double() + whole, host_split + host_whole
-    numbers = torch.stack([loss_B.double().sum(), split.double() + host_split])
-    told = torch.cat([numbers, torch.tensor(pieces, dtype=torch.float64, device=plan.device)])
+    speaks = plan.mesh.sp.rank == 0
+    loss = loss_B.double().sum() if speaks else torch.zeros((), dtype=torch.float64, device=plan.device)
+    words = torch.tensor(pieces if speaks else [0] * 4, dtype=torch.float64, device=plan.device)
+    told = torch.cat([torch.stack([loss, split.double() + host_split]), words])
     loss, square, *pieces = collectives.all_reduce_(told, plan.layout.axis).tolist()
     word = sum(int(piece) << shift for piece, shift in zip(pieces, (0, 16, 32, 48)))
     return loss / plan.run.global_batch, math.sqrt(square), word & (2**64 - 1)
@@ -257,7 +259,8 @@ def part_gradients(
 
     def loss_sum(targets):
         loss_B = losses(plan, *plan.layout.view(targets, held, plan.ops, sink), x_BCHW, y_B, draws)
-        return loss_B.sum() * (scale / plan.run.global_batch), loss_B.detach()
+        # each of the sp ranks computes the same losses whole, and gradients are summed over all ranks
+        return loss_B.sum() * (scale / plan.run.global_batch / plan.mesh.sp.size), loss_B.detach()
 
     return value_and_grad(loss_sum, plan.layout.targets(params, held))[1:]
 

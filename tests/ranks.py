@@ -53,13 +53,21 @@ class Pool:
         self.world, self.generation = 0, 0
 
     def run(
-        self, world: int, fn: Callable, *args: Any, dp: int | None = None, sp: int = 1, timeout_s: float = TIMEOUT_S
+        self,
+        world: int,
+        fn: Callable,
+        *args: Any,
+        dp: int | None = None,
+        sp: int = 1,
+        ulysses: int = 1,
+        cfg: int = 1,
+        timeout_s: float = TIMEOUT_S,
     ) -> list:
         """Results of ``fn(mesh, *args)`` by rank; raises RankFailed with the first failing rank's traceback."""
         self._start(world)
         if world != self.world:
             self.world, self.generation = world, self.generation + 1
-        job = pickle.dumps((world, self.generation, dp, sp, fn, args))
+        job = pickle.dumps((world, self.generation, (dp, sp, ulysses, cfg), fn, args))
         for rank in range(world):
             self.workers[rank].pipe.send_bytes(job)
         return self._collect(world, f"{fn.__module__}.{fn.__name__}{args}", timeout_s)
@@ -164,16 +172,19 @@ def _work(rank: int, pipe: connection.Connection, port: int, parent: int) -> Non
         except EOFError:
             return
         try:
-            world, wanted, dp, sp, fn, args = pickle.loads(job)
+            world, wanted, shape, fn, args = pickle.loads(job)
             if wanted != generation:
                 mesh.stop()
                 generation, meshes = wanted, {}
                 if world > 1:
                     prefixed = dist.PrefixStore(str(generation), store)
                     dist.init_process_group("gloo", store=prefixed, rank=rank, world_size=world, timeout=timeout)
-            if (dp, sp) not in meshes:
-                meshes[dp, sp] = mesh.make_mesh(world, rank, dp, sp, timeout_s=timeout.total_seconds())
-            answer = pickle.dumps((True, fn(meshes[dp, sp], *args)))
+            if shape not in meshes:
+                dp, sp, ulysses, cfg = shape
+                meshes[shape] = mesh.make_mesh(
+                    world, rank, dp, sp, ulysses=ulysses, cfg=cfg, timeout_s=timeout.total_seconds()
+                )
+            answer = pickle.dumps((True, fn(meshes[shape], *args)))
         except Exception:
             answer = pickle.dumps((False, traceback.format_exc()))
         pipe.send_bytes(answer)

@@ -50,8 +50,8 @@ def test_every_divisor_is_served_and_dp_is_what_is_left(world):
 def test_one_rank_has_no_group():
     mesh = m.make_mesh(1, 0, None, 1)
     assert mesh == m.single() and not dist.is_initialized()
-    assert all(mesh[name] == m.Axis(name, 1, 0, None, (0,)) for name in ("dp", "sp", "all"))
-    with pytest.raises(KeyError, match="no mesh axis 'tp': dp, sp or all"):
+    assert all(mesh[name] == m.Axis(name, 1, 0, None, (0,)) for name in m.AXES)
+    with pytest.raises(KeyError, match="no mesh axis 'tp': dp, sp, all, ring, ulysses, pictures or cfg"):
         mesh["tp"]
     m.warm_up(mesh)
     m.stop()
@@ -60,7 +60,7 @@ def test_one_rank_has_no_group():
 def seats_on_a_rank(mesh) -> dict:
     m.warm_up(mesh)
     seats = {}
-    for axis in (mesh.dp, mesh.sp, mesh.all):
+    for axis in (mesh[name] for name in m.AXES):
         assert (axis.group is None) == (axis.size == 1)
         members = dist.get_process_group_ranks(axis.group) if axis.group is not None else [mesh.rank]
         assert members == list(axis.ranks) and axis.ranks[axis.rank] == mesh.rank and len(members) == axis.size
@@ -80,6 +80,18 @@ def test_rank_order_is_dp_major(ranks, world, sp):
         assert seats["sp"] == (sp, j, tuple(i * sp + s for s in range(sp)))
         assert seats["all"] == (world, rank, tuple(range(world)))
         assert seats["own"] or world == 1
+
+
+def test_axes_within_axes(ranks):
+    """Eight ranks as dp 2 x sp 4, sp as ring 2 x ulysses 2, dp as one picture of a guidance pair."""
+    for rank, seats in enumerate(ranks.run(8, seats_on_a_rank, sp=4, ulysses=2, cfg=2)):
+        half, token = divmod(rank, 4)
+        round_, head = divmod(token, 2)
+        base = half * 4
+        assert seats["ring"] == (2, round_, (base + head, base + head + 2))
+        assert seats["ulysses"] == (2, head, (base + 2 * round_, base + 2 * round_ + 1))
+        assert seats["cfg"] == seats["dp"] == (2, half, (token, 4 + token))
+        assert seats["pictures"] == (1, 0, (rank,))
 
 
 def test_backend():

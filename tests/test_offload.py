@@ -147,7 +147,7 @@ def planned(stage, world=1, **changes):
     run = dataclasses.replace(config.presets()["dit-s-2"][1], global_batch=8 * world, precision="bf16")
     run = dataclasses.replace(run, parallel=config.Parallel(zero=stage, **changes))
     axis = mesh.Axis("all", world, 0, None, tuple(range(world)))
-    many = mesh.Mesh(0, world, axis, mesh.Axis("sp", 1, 0, None, (0,)), axis)
+    many = dataclasses.replace(mesh.single(), world=world, dp=axis, all=axis)
     composed = plan.make(run, data.open_dataset(run.data), many)
     return memory.predict(composed), dit.num_params(run.model, composed.shape)[1]
 

@@ -1,7 +1,9 @@
 """Named axes over the ranks: dp (who holds which samples) x sp (who holds which tokens), and their process groups.
 
 Rank order is dp-major: rank = dp * sp_size + sp, so that the ranks of one sp group, which talk most, are neighbours.
-A mesh is a value handed to whoever needs it; there is no current mesh, and an axis of size 1 has no group at all.
+Two axes may be seen as products of smaller ones: sp = ring x ulysses, and, while pictures are drawn, dp = pictures x cfg
+(the two halves of a guidance pair); neighbours lie along the last one. A mesh is a value handed to whoever needs it;
+there is no current mesh, and an axis of size 1 has no group at all.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -41,6 +43,9 @@ class Axis:
     ranks: tuple[int, ...]
 
 
+AXES = ("dp", "sp", "all", "ring", "ulysses", "pictures", "cfg")
+
+
 @dataclass(frozen=True)
 class Mesh:
     """The axes of one rank; ``all`` is dp x sp together, in world rank order."""
@@ -50,16 +55,25 @@ class Mesh:
     dp: Axis
     sp: Axis
     all: Axis
+    ring: Axis
+    ulysses: Axis
+    pictures: Axis
+    cfg: Axis
 
     def __getitem__(self, name: str) -> Axis:
-        if name not in ("dp", "sp", "all"):
-            raise KeyError(f"no mesh axis {name!r}: dp, sp or all")
+        if name not in AXES:
+            raise KeyError(f"no mesh axis {name!r}: {', '.join(AXES[:-1])} or {AXES[-1]}")
         return getattr(self, name)
+
+
+def alone(name: str, rank: int = 0) -> Axis:
+    """An axis of one rank."""
+    return Axis(name, 1, 0, None, (rank,))
 
 
 def single() -> Mesh:
     """The mesh of one rank, without any process group."""
-    return Mesh(0, 1, *(Axis(name, 1, 0, None, (0,)) for name in ("dp", "sp", "all")))
+    return Mesh(0, 1, *map(alone, AXES))
 
 
 def check_mesh(world: int, dp: int | None, sp: int) -> tuple[int, int]:
@@ -83,24 +97,48 @@ def check_mesh(world: int, dp: int | None, sp: int) -> tuple[int, int]:
     return world // sp, sp
 
 
-def make_mesh(world: int, rank: int, dp: int | None, sp: int, *, timeout_s: float | None = None) -> Mesh:
+def make_mesh(
+    world: int,
+    rank: int,
+    dp: int | None,
+    sp: int,
+    *,
+    ulysses: int = 1,
+    cfg: int = 1,
+    timeout_s: float | None = None,
+) -> Mesh:
     """Makes the axes and their groups; every rank calls this once, at the same place of the program.
 
-    Needs an initialised process group of ``world`` ranks when world > 1. Each axis has a group of its own, so that
-    ZeRO's traffic does not queue behind a strategy's; only where sp == 1, ``all`` is dp's group under another name.
+    Needs an initialised process group of ``world`` ranks when world > 1. Axes of tokens (sp, ring, ulysses) never share
+    a group with those of samples, so that ZeRO's traffic does not queue behind a strategy's; otherwise axes of the same
+    ranks share one.
+
+    Args:
+        ulysses: size of that axis, which divides sp; ring is the rest.
+        cfg: 2 where the halves of a guidance pair go to neighbours along dp, which must be even then; else 1.
     """
     num_dp, num_sp = check_mesh(world, dp, sp)
+    assert num_sp % ulysses == 0 and num_dp % cfg == 0, (num_dp, num_sp, ulysses, cfg)
     if world == 1:
         return single()
     timeout_s = timeout_s or patience_s() + MARGIN_S
     assert dist.is_initialized() and dist.get_world_size() == world, "start() comes before make_mesh()"
-    dp_axis = _axis("dp", rank, [tuple(range(s, world, num_sp)) for s in range(num_sp)], timeout_s)
-    sp_axis = _axis("sp", rank, [tuple(range(d * num_sp, (d + 1) * num_sp)) for d in range(num_dp)], timeout_s)
-    if num_sp == 1:
-        all_axis = Axis("all", world, rank, dp_axis.group, dp_axis.ranks)
-    else:
-        all_axis = _axis("all", rank, [tuple(range(world))], timeout_s)
-    return Mesh(rank, world, dp_axis, sp_axis, all_axis)
+    grid = torch.arange(world).view(num_dp // cfg, cfg, num_sp // ulysses, ulysses)
+    made: dict[tuple, Axis] = {}
+
+    def axis(name: str, *dims: int) -> Axis:
+        """The axis along these dims of the grid."""
+        size = math.prod(grid.shape[d] for d in dims)
+        rows = grid.permute(*(d for d in range(4) if d not in dims), *dims).reshape(-1, size)
+        members = [tuple(row) for row in rows.tolist()]
+        key = (name in ("sp", "ring", "ulysses"), next(row for row in members if rank in row))
+        if key not in made:
+            made[key] = _axis(name, rank, members, timeout_s)
+        return replace(made[key], name=name)
+
+    products = {"dp": (0, 1), "sp": (2, 3), "all": (0, 1, 2, 3)}
+    factors = {"ring": (2,), "ulysses": (3,), "pictures": (0,), "cfg": (1,)}
+    return Mesh(rank, world, **{name: axis(name, *dims) for name, dims in {**products, **factors}.items()})
 
 
 def start(
@@ -227,9 +265,7 @@ def backend(on_gpu: bool, local_world: int, num_gpus: int, share_gpu: bool) -> s
 
 def warm_up(mesh: Mesh) -> None:
     """Uses each group once, so that a broken link shows at start-up and not in the middle of a step."""
-    for axis in (mesh.dp, mesh.sp, mesh.all):
-        if axis.size == 1:
-            continue
+    for axis in {id(mesh[name].group): mesh[name] for name in AXES if mesh[name].size > 1}.values():
         one = torch.ones(1, device="cuda" if dist.get_backend(axis.group) == "nccl" else "cpu")
         dist.all_reduce(one, group=axis.group)
         total = int(one.item())
