@@ -27,7 +27,7 @@ class Parallel:
     sequence: Literal["auto", "none", "fastseq", "ulysses", "ring", "usp", "megatron", "dsp"] = "auto"
     """How ranks share a sample's tokens."""
     ulysses: int | None = None
-    """Inner degree of usp: ranks that swap tokens for heads, while the ring is the rest of sp; None: the most that fit."""
+    """Inner degree of usp: ranks that swap tokens for heads; the ring is the rest of sp. None is the most that fits."""
     ring_fp8: bool = False
     """fastseq's ring carries fp8 with a scale a token (forward pass only); off, it carries what is computed in."""
     cfg: Literal[1, 2] = 1

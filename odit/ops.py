@@ -52,9 +52,17 @@ def qkv(h_BLD: Tensor, p: dict, tables: tuple[Tensor, ...]) -> tuple[Tensor, Ten
 
     p holds w (3, H, K, D), b (3, H, K) and, with QK-norm, q_norm and k_norm (K,). tables is () or (cos, sin) (L, K/2).
     """
-    w = p["w"]
-    heads = torch.nn.functional.linear(h_BLD, w.flatten(0, 2), p["b"].flatten() if "b" in p else None)
-    q, k, v = heads.unflatten(-1, w.shape[:3]).unbind(2)
+    w, b = p["w"], p.get("b")
+    if w.is_contiguous():
+        heads = torch.nn.functional.linear(h_BLD, w.flatten(0, 2), b.flatten() if b is not None else None)
+        q, k, v = heads.unflatten(-1, w.shape[:3]).unbind(2)
+    else:  # some heads of a larger weight: three products, rather than a copy of it that backward would keep
+        q, k, v = (
+            torch.nn.functional.linear(h_BLD, w[i].flatten(0, 1), b[i].flatten() if b is not None else None).unflatten(
+                -1, w.shape[1:3]
+            )
+            for i in range(3)
+        )
     if "q_norm" in p:
         q, k = rms_norm(q, p["q_norm"]), rms_norm(k, p["k_norm"])
     if tables:
@@ -88,6 +96,35 @@ def attend_sdpa(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+def attend_lse(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> tuple[Tensor, Tensor]:
+    """``attend`` over some of the keys, and the log-sum-exp (B, L, H) of each query's scores, in at least fp32.
+
+    What several sets of keys give is merged by it: lse = log sum_j exp(lse_j), o = sum_j exp(lse_j - lse) o_j.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BSHK, v_BSHK))
+    scores = at_least_fp32((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2))
+    lse = torch.logsumexp(scores, -1, keepdim=True)
+    o = (scores - lse).exp().to(v.dtype) @ v
+    return o.transpose(1, 2), lse.squeeze(-1).transpose(1, 2)
+
+
+def attend_grad(
+    do_BLHK: Tensor, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, o_BLHK: Tensor, lse_BLH: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) that some of the keys bring, where o and lse are those of all keys together (Dao 2023, section 3.1).
+
+    With P = exp(q k^T / sqrt(K) - lse): dv = P^T do and dS = P (do v^T - do . o), from which dq and dk follow.
+    """
+    do, q, k, v, o = (x.transpose(1, 2) for x in (do_BLHK, q_BLHK, k_BSHK, v_BSHK, o_BLHK))
+    scale = q.shape[-1] ** -0.5
+    p = (at_least_fp32((q * scale) @ k.transpose(-1, -2)) - lse_BLH.transpose(1, 2)[..., None]).exp()
+    dots = (at_least_fp32(do) * at_least_fp32(o)).sum(-1, keepdim=True)
+    ds = (p * (at_least_fp32(do @ v.transpose(-1, -2)) - dots)).to(q.dtype)
+    dv = p.to(do.dtype).transpose(-1, -2) @ do
+    dq, dk = ds @ (k * scale), ds.transpose(-1, -2) @ (q * scale)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
 def out(o_BLHK: Tensor, p: dict[str, Tensor]) -> Tensor:
     """Projects the heads back to D; p holds w (D, H, K) and b (D)."""
     return torch.nn.functional.linear(o_BLHK.flatten(2), p["w"].flatten(1), p["b"])
@@ -113,6 +150,11 @@ def leave(x_BLD: Tensor) -> Tensor:
     return x_BLD
 
 
+def switch(x_BTSD: Tensor, to: str) -> Tensor:
+    """Tokens of a time x space model on their way to attention over 'time' or 'space', which is whole after this."""
+    return x_BTSD
+
+
 def layers(block: Callable, params: list, x: Tensor, *args) -> Tensor:
     """Runs x through ``block(p, x, *args)`` for each p of params."""
     for p in params:
@@ -131,6 +173,9 @@ class Ops:
     gated_modulate: Callable = gated_modulate
     qkv: Callable = qkv
     attend: Callable = attend
+    attend_lse: Callable = attend_lse
+    attend_grad: Callable = attend_grad
     out: Callable = out
     mlp: Callable = mlp
     leave: Callable = leave
+    switch: Callable = switch

@@ -119,40 +119,48 @@ def check(cfg: Config, shape: Shape) -> None:
 def declare(cfg: Config, shape: Shape) -> dict:
     """Declares every parameter, initialised as facebookresearch/DiT does: Xavier matrices, zero biases, normal(0.02)
     embeddings, and zeros where adaLN-Zero wants the block to be the identity and the output to be 0."""
-    D, H, K, F, P = cfg.width, cfg.heads, cfg.head_size, cfg.ffn, cfg.patch**2
+    return around(cfg, shape, [declare_block(cfg) for _ in range(cfg.depth)])
+
+
+def around(cfg: Config, shape: Shape, blocks: list) -> dict:
+    """Declared blocks with what stands around them: embedders of patches, times and labels, and the final layer."""
+    D, P = cfg.width, cfg.patch**2
     p_in, p_out = shape.channels * P, shape.channels * P * shape.outputs
-
-    def dense(out, dims, fan_in, init=None):
-        return {
-            "w": Param((out, fan_in), dims, init or param.xavier(fan_in, out)),
-            "b": Param((out,), dims[0], param.zeros),
-        }
-
-    def block():
-        qkv = {
-            "w": Param((3, H, K, D), "3HKD", param.xavier(D, 3 * D)),
-            "b": Param((3, H, K), "3HK", param.zeros),
-        }
-        if cfg.qk_norm:
-            qkv |= {name: Param((K,), "K", param.ones) for name in ("q_norm", "k_norm")}
-        mlp = {"fc1": dense(F, "FD", D), "fc2": dense(D, "DF", F)}
-        if cfg.mlp == "swiglu":
-            mlp["gate"] = dense(F, "FD", D)
-        return {
-            "adaln": dense(6 * D, "6D", D, param.zeros),
-            "qkv": qkv,
-            "out": {"w": Param((D, H, K), "DHK", param.xavier(D, D)), "b": Param((D,), "D", param.zeros)},
-            "mlp": mlp,
-        }
-
     small = param.normal(0.02)
     labels = {"label": {"w": Param((num_labels(cfg, shape), D), "VD", small)}} if shape.num_classes else {}
     return {
-        "patch": dense(D, "DP", p_in),
-        "time": {"fc1": dense(D, "Df", FREQUENCIES, small), "fc2": dense(D, "Dd", D, small)},
+        "patch": _dense(D, "DP", p_in),
+        "time": {"fc1": _dense(D, "Df", FREQUENCIES, small), "fc2": _dense(D, "Dd", D, small)},
         **labels,
-        "blocks": [block() for _ in range(cfg.depth)],
-        "final": {"adaln": dense(2 * D, "2D", D, param.zeros), "out": dense(p_out, "PD", D, param.zeros)},
+        "blocks": blocks,
+        "final": {"adaln": _dense(2 * D, "2D", D, param.zeros), "out": _dense(p_out, "PD", D, param.zeros)},
+    }
+
+
+def declare_block(cfg: Config) -> dict:
+    """The parameters of one adaLN-Zero block."""
+    D, H, K, F = cfg.width, cfg.heads, cfg.head_size, cfg.ffn
+    qkv = {
+        "w": Param((3, H, K, D), "3HKD", param.xavier(D, 3 * D)),
+        "b": Param((3, H, K), "3HK", param.zeros),
+    }
+    if cfg.qk_norm:
+        qkv |= {name: Param((K,), "K", param.ones) for name in ("q_norm", "k_norm")}
+    mlp = {"fc1": _dense(F, "FD", D), "fc2": _dense(D, "DF", F)}
+    if cfg.mlp == "swiglu":
+        mlp["gate"] = _dense(F, "FD", D)
+    return {
+        "adaln": _dense(6 * D, "6D", D, param.zeros),
+        "qkv": qkv,
+        "out": {"w": Param((D, H, K), "DHK", param.xavier(D, D)), "b": Param((D,), "D", param.zeros)},
+        "mlp": mlp,
+    }
+
+
+def _dense(out: int, dims: str, fan_in: int, init: Callable | None = None) -> dict:
+    return {
+        "w": Param((out, fan_in), dims, init or param.xavier(fan_in, out)),
+        "b": Param((out,), dims[0], param.zeros),
     }
 
 

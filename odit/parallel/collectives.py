@@ -186,9 +186,14 @@ def all_reduce_(x: Tensor, axis: Axis, async_op: bool = False) -> Handle | Tenso
     return _launch("all_reduce", axis, received, x, x, call, async_op)
 
 
-def start_shift(x: Tensor, axis: Axis, by: int = 1, dim: int = 0, sizes: Sizes | None = None) -> Handle:
-    """``shift`` without gradient that runs while its caller computes; ``wait`` returns the arriving block."""
-    return Handle(x) if by % axis.size == 0 else _shift_map(x, axis, by, dim, sizes).start(x.detach())
+def start_shift(
+    x: Tensor, axis: Axis, by: int = 1, dim: int = 0, sizes: Sizes | None = None, part_of: str = "shift"
+) -> Handle:
+    """``shift`` without gradient that runs while its caller computes; ``wait`` returns the arriving block.
+
+    ``part_of`` names the collective whose n - 1 hops the caller makes, for the recorder.
+    """
+    return Handle(x) if by % axis.size == 0 else _shift_map(x, axis, by, dim, sizes).start(x.detach(), part_of)
 
 
 def gather_objects(axis: Axis, obj: Any) -> list:
@@ -317,7 +322,7 @@ class _Shift(_Map):
     def __call__(self, x: Tensor) -> Tensor:
         return self.start(x).wait()
 
-    def start(self, x: Tensor) -> Handle:
+    def start(self, x: Tensor, op: str = "shift") -> Handle:
         n, rank = self.axis.size, self.axis.rank
         target, source = (rank + self.by) % n, (rank - self.by) % n
         out = x.new_empty(_resized(x.shape, self.dim, self.sizes[source]))
@@ -327,7 +332,7 @@ class _Shift(_Map):
             ops = [dist.P2POp(op, t, group=self.axis.group, group_peer=peer) for op, t, peer in pairs if t.numel()]
             return dist.batch_isend_irecv(ops) if ops else []
 
-        handle = _launch("shift", self.axis, out.numel(), out, x.contiguous(), call, True)
+        handle = _launch(op, self.axis, out.numel(), out, x.contiguous(), call, True)
         assert isinstance(handle, Handle)
         return handle
 
@@ -405,10 +410,10 @@ def _launch(
 
     Gloo has no send and receive for CUDA tensors and only some collectives: all of them go through pinned host memory.
     """
-    if x.is_meta:  # a plan of memory: nothing moves
-        return _given(out, async_op)
     number = next(_numbers)
     _emit(op, axis.name, received, received * x.element_size(), "started", number)
+    if x.is_meta:  # a plan: nothing moves
+        return _given(out, async_op)
     arrives = _link.arrival(received * x.element_size()) if _link is not None else 0.0
     on_host = x.is_cuda and dist.get_backend(axis.group) == "gloo"
     there, here = (_pinned(out, out is x), _pinned(x, True)) if on_host else (out, x)
@@ -443,7 +448,7 @@ def _given(x: Tensor, async_op: bool) -> Handle | Tensor:
 class Event(NamedTuple):
     """One line of a recording; ``elements`` and ``bytes`` are what this rank receives (see the module's head)."""
 
-    op: str  # all_gather, reduce_scatter, all_reduce, all_to_all, shift, or mark
+    op: str  # all_gather, reduce_scatter, all_reduce, all_to_all, shift or what its hops are part of, or mark
     axis: str  # its name; empty for a mark
     elements: int
     bytes: int

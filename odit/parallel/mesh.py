@@ -1,7 +1,7 @@
 """Named axes over the ranks: dp (who holds which samples) x sp (who holds which tokens), and their process groups.
 
 Rank order is dp-major: rank = dp * sp_size + sp, so that the ranks of one sp group, which talk most, are neighbours.
-Two axes may be seen as products of smaller ones: sp = ring x ulysses, and, while pictures are drawn, dp = pictures x cfg
+Two axes may be seen as products of smaller ones: sp = ring x ulysses and, while pictures are drawn, dp = pictures x cfg
 (the two halves of a guidance pair); neighbours lie along the last one. A mesh is a value handed to whoever needs it;
 there is no current mesh, and an axis of size 1 has no group at all.
 """
