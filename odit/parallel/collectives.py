@@ -15,7 +15,7 @@ computes the whole loss and calls backward on it, every gradient behind a collec
   shift            split -> split         split -> split    (shift back)      the arriving block
   take             same -> split          split -> partial  (zeros around)    nothing
 
-Shares may be uneven (``shares``: the last ones are shorter, down to nothing). Then blocks travel in one all-to-all with
+Shares may be uneven (``shares``: the last ones are shorter by one). Then blocks travel in one all-to-all with
 their exact sizes, and reduce_scatter adds what arrived: nothing is padded, and what is counted is what moves.
 
 Each function is one linear map (a ``_Map``) with its transpose, so backward, jvp and vmap are exact and nest. If one
@@ -48,9 +48,8 @@ Sizes = tuple[int, ...]
 
 
 def shares(total: int, n: int) -> Sizes:
-    """Sizes of n shares of ``total``: each is ceil(total / n) until nothing is left, so the last ones may be 0."""
-    size = -(-total // n)
-    return tuple(max(0, min(size, total - r * size)) for r in range(n))
+    """Sizes of n shares of ``total``: as even as can be, the larger ones first; some are 0 only where n > total."""
+    return tuple(total // n + (r < total % n) for r in range(n))
 
 
 def roll(sizes: Sizes, by: int) -> Sizes:

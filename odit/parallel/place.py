@@ -68,9 +68,9 @@ def split_tokens(ops: Ops, place: Place, tables: bool) -> Ops:
 
 
 def where_heads(attend: Callable) -> Callable:
-    """``attend`` for ranks of which some have no heads: these have nothing to do, and no kernel is asked to do it."""
+    """``attend`` for ranks of which some have no heads: no kernel is asked to do nothing, yet o depends on q, k, v."""
 
     def attend_some(q_BLhK: Tensor, k_BLhK: Tensor, v_BLhK: Tensor) -> Tensor:
-        return attend(q_BLhK, k_BLhK, v_BLhK) if q_BLhK.numel() else q_BLhK
+        return attend(q_BLhK, k_BLhK, v_BLhK) if q_BLhK.numel() else q_BLhK + k_BLhK + v_BLhK
 
     return attend_some
