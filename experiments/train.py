@@ -30,7 +30,7 @@ def main(run: config.Run) -> None:
         stack.callback(meshes.stop)
         watch = stack.enter_context(health.Watch(meshes.store(), rank, world))
         health.same_everywhere(meshes.store(), rank, world, "command line", shared(run))
-        mesh = meshes.make_mesh(world, rank, run.parallel.dp, run.parallel.sp)
+        mesh = meshes.make_mesh(world, rank, **plan.axes(run, world))
         meshes.warm_up(mesh)
         if rank == 0:
             stack.enter_context(record.Lock(run.out))

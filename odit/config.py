@@ -20,8 +20,8 @@ class Parallel:
 
     dp: int | None = None
     """Ranks that share a batch; the default is what the ranks leave."""
-    sp: int = 1
-    """Ranks that share a sample's tokens."""
+    sp: int | None = None
+    """Ranks that share a sample's tokens; the default is the fewest that leave a dp which divides the global batch."""
     zero: Literal[0, 1, 2, 3] = 0
     """What is split over ranks: 1 optimizer and EMA, 2 and gradients, 3 and parameters."""
     sequence: Literal["auto", "none", "fastseq", "ulysses", "ring", "usp", "megatron", "dsp"] = "auto"

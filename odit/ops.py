@@ -125,6 +125,34 @@ def attend_grad(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
+def attend_lse_flash(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> tuple[Tensor, Tensor]:
+    """``attend_lse`` by PyTorch's flash kernel where that takes it (half precision, K a multiple of 8)."""
+    if not _flash_takes(q_BLHK):
+        return attend_lse(q_BLHK, k_BSHK, v_BSHK)
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BSHK, v_BSHK))
+    o, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    return o.transpose(1, 2), lse.transpose(1, 2)
+
+
+def attend_grad_flash(
+    do_BLHK: Tensor, q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, o_BLHK: Tensor, lse_BLH: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``attend_grad`` by PyTorch's flash kernel where that takes it."""
+    if not _flash_takes(q_BLHK):
+        return attend_grad(do_BLHK, q_BLHK, k_BSHK, v_BSHK, o_BLHK, lse_BLH)
+    do, q, k, v, o = (x.transpose(1, 2) for x in (do_BLHK, q_BLHK, k_BSHK, v_BSHK, o_BLHK))
+    lse = lse_BLH.transpose(1, 2).contiguous()
+    no_dropout = torch.zeros(2, dtype=torch.int64, device=q.device)
+    found = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        do, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, False, no_dropout, no_dropout
+    )
+    return tuple(x.transpose(1, 2) for x in found)
+
+
+def _flash_takes(q: Tensor) -> bool:
+    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
+
+
 def out(o_BLHK: Tensor, p: dict[str, Tensor]) -> Tensor:
     """Projects the heads back to D; p holds w (D, H, K) and b (D)."""
     return torch.nn.functional.linear(o_BLHK.flatten(2), p["w"].flatten(1), p["b"])

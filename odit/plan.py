@@ -17,9 +17,10 @@ from odit.config import Parallel, Run, Sampling
 from odit.diffusion import solvers
 from odit.diffusion.flow import Flow
 from odit.models import dit
-from odit.ops import Ops, attend_sdpa
-from odit.parallel import zero
+from odit.ops import Ops, attend_grad_flash, attend_lse_flash, attend_sdpa
+from odit.parallel import sequence, zero
 from odit.parallel.mesh import Mesh, check_mesh, single
+from odit.parallel.place import Place
 from odit.parallel.spec import unsplit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,9 +35,12 @@ class Plan:
     shape: dit.Shape
     declared: dict
     objective: Any
-    ops: Ops
+    kernels: Ops
+    """The record of one rank."""
     dtype: torch.dtype
     mesh: Mesh
+    sequence: str
+    """The strategy by which ranks share a sample's tokens, or none."""
     notes: tuple[str, ...]
     """Choices made for the user and why, one line each."""
 
@@ -74,6 +78,26 @@ class Plan:
         return functools.partial(dit.forward, cfg=self.run.model)
 
     @functools.cached_property
+    def place(self) -> Place:
+        """What the sequence strategy is built for."""
+        cfg, p = self.run.model, self.run.parallel
+        length = dit.num_tokens(cfg, self.shape)
+        return Place(self.mesh, length, cfg.heads, claimed=self.claimed, fp8=p.ring_fp8)
+
+    @property
+    def claimed(self) -> str:
+        """Letters of the dims on which the strategy has weights stored split over sp."""
+        if self.sequence == "none":
+            return ""
+        sizes = {"H": self.run.model.heads, "F": self.run.model.ffn}
+        return "".join(c for c in sequence.STRATEGIES[self.sequence].claims if sizes[c] % self.mesh.sp.size == 0)
+
+    @functools.cached_property
+    def ops(self) -> Ops:
+        """The record that the model gets: kernels under the sequence strategy."""
+        return sequence.build(self.sequence, self.kernels, self.place)
+
+    @functools.cached_property
     def layout(self) -> zero.Layout:
         """How the state is stored and used; ZeRO splits over dp x sp together."""
         p = self.run.parallel
@@ -102,7 +126,7 @@ def check(run: Run, shape: dit.Shape | None = None, world: int = 1) -> None:
     """
     _check_numbers(run)
     _check_served(run)
-    dp, _ = check_mesh(world, run.parallel.dp, run.parallel.sp)
+    dp, sp = divide(run, world)
     _check_share(run, dp)
     _check_offload(run)
     data.check(run.data)
@@ -111,6 +135,8 @@ def check(run: Run, shape: dit.Shape | None = None, world: int = 1) -> None:
     objective = diffusion.build(run.diffusion)
     shape = shape or _expected_shape(run)
     dit.check(run.model, shape)
+    p, length = run.parallel, dit.num_tokens(run.model, shape)
+    sequence.check(p.sequence, sp, length, run.model.heads, 1, p.ulysses, p.ring_fp8)
     check_sampling(run.sampling, run.model, shape, objective)
     if run.evaluate and run.data.source == "digits" and run.data.held_out * 1797 < 1:
         raise ValueError(
@@ -177,9 +203,6 @@ def _check_served(run: Run) -> None:
     """Settings that this version knows but does not serve are refused, never ignored."""
     p = run.parallel
     later = {
-        "parallel.sp": (p.sp, (1,)),
-        "parallel.sequence": (p.sequence, ("auto", "none")),
-        "parallel.ulysses": (p.ulysses, (None,)),
         "parallel.remat": (p.remat, ("none", "block")),
         "kernels": (run.kernels, ("auto", "reference")),
         "compile": (run.compile, (False,)),
@@ -189,10 +212,34 @@ def _check_served(run: Run) -> None:
         if found not in served:
             fits = " or ".join(str(value) for value in served)
             raise ValueError(f"{key} is {found}, which this version does not serve yet: use {fits}")
+    if run.grad_norms and (p.sp or 1) > 1:
+        raise ValueError(
+            f"grad_norms needs whole samples on a rank, which parallel.sp {p.sp} does not leave: use --parallel.sp 1"
+        )
     if run.grad_norms and p.zero == 3:
         raise ValueError(
             "grad_norms needs whole weights, which parallel.zero 3 does not keep: use parallel.zero 2 or less"
         )
+
+
+def divide(run: Run, world: int) -> tuple[int, int]:
+    """(dp, sp) of ``world`` ranks.
+
+    Unless told, tokens are shared by as few ranks as can be: sharing samples moves less. Raises ValueError.
+    """
+    p = run.parallel
+    if p.sp is not None or p.dp is not None:
+        return check_mesh(world, p.dp, p.sp or max(1, world // max(1, p.dp or 1)))
+    degrees = [sp for sp in range(1, world + 1) if world % sp == 0]
+    return next((world // sp, sp) for sp in degrees if run.global_batch % (world // sp) == 0)
+
+
+def axes(run: Run, world: int) -> dict[str, int]:
+    """The sizes that ``make_mesh`` wants for a run on ``world`` ranks."""
+    dp, sp = divide(run, world)
+    p = run.parallel
+    ulysses = sequence.inner_degree(p.sequence, sp, run.model.heads, p.ulysses)
+    return {"dp": dp, "sp": sp, "ulysses": ulysses, "cfg": p.cfg}
 
 
 def check_sampling(sampling: Sampling, model: dit.Config, shape: dit.Shape, objective: Any) -> None:
@@ -251,23 +298,48 @@ def compose(run: Run, shape: dit.Shape, mesh: Mesh | None = None) -> Plan:
     objective = diffusion.build(run.diffusion)
     if not shape.num_classes:
         notes.append("guidance: none (the data has no classes)")
-    ops = Ops()
+    kernels = Ops()
     if run.kernels == "auto" and device.type == "cuda":
-        ops = Ops(attend=attend_sdpa)
+        kernels = Ops(attend=attend_sdpa, attend_lse=attend_lse_flash, attend_grad=attend_grad_flash)
         notes.append("kernels: PyTorch's attention (auto on a GPU), the rest reference")
     elif run.kernels == "auto":
         notes.append("kernels: reference (auto on a CPU)")
+    name, told = _strategy(run, shape, mesh, device)
     return Plan(
         run=run,
         device=device,
         shape=shape,
         declared=dit.declare(run.model, shape),
         objective=objective if isinstance(objective, Flow) else objective.to(device),
-        ops=ops,
+        kernels=kernels,
         dtype=DTYPES[run.precision],
         mesh=mesh,
-        notes=tuple(notes),
+        sequence=name,
+        notes=(*notes, *told),
     )
+
+
+def _strategy(run: Run, shape: dit.Shape, mesh: Mesh, device: torch.device) -> tuple[str, list[str]]:
+    """The sequence strategy, and lines on how it was chosen and what it leaves unused."""
+    p, sp, notes = run.parallel, mesh.sp.size, []
+    if sp == 1:
+        return "none", notes
+    if p.sp is None and p.dp is None:
+        notes.append(
+            f"mesh: dp {mesh.dp.size} x sp {sp}: global batch {run.global_batch} does not divide over {mesh.world} "
+            f"ranks, so {sp} of them share the tokens of a sample"
+        )
+    name, place = p.sequence, Place(mesh, dit.num_tokens(run.model, shape), run.model.heads)
+    if name == "auto":
+        batch = run.micro_batch or run.global_batch // mesh.dp.size
+        near = sp <= int(os.environ.get("LOCAL_WORLD_SIZE", sp))
+        machine = sequence.GLOO if device.type == "cpu" else sequence.NVLINK if near else sequence.INFINIBAND
+        size = DTYPES[run.precision].itemsize
+        name, line = sequence.choose(place, batch, run.model.head_size, size, machine)
+        notes.append(line)
+    if line := sequence.idle(name, sp, run.model.heads):
+        notes.append(line)
+    return name, notes
 
 
 def _check_budget(run: Run, device: torch.device) -> None:
@@ -312,6 +384,12 @@ def _expected_shape(run: Run) -> dit.Shape:
     return dit.Shape(channels or 4, size or 32, 1000 if num_classes is None else num_classes, outputs)
 
 
+def _ranks(plan: Plan) -> str:
+    mesh = plan.mesh
+    told = f"{mesh.world} rank{'s' * (mesh.world > 1)}"
+    return told if mesh.sp.size == 1 else f"{told} (dp {mesh.dp.size} x sp {mesh.sp.size}, {plan.sequence})"
+
+
 def describe(plan: Plan) -> str:
     """A few lines for people: model, data, objective, choices."""
     total, trainable = dit.num_params(plan.run.model, plan.shape)
@@ -324,7 +402,7 @@ def describe(plan: Plan) -> str:
         + (f"{shape.num_classes} classes" if shape.num_classes else "unconditional"),
         f"run: {plan.run.diffusion.objective}, {plan.run.steps} steps of {plan.run.global_batch}, {plan.run.precision} "
         f"on {plan.device}, seed {plan.run.seed}"
-        + (f", {plan.mesh.world} ranks, zero {plan.layout.stage}" if plan.mesh.world > 1 or plan.layout.stage else ""),
+        + (f", {_ranks(plan)}, zero {plan.layout.stage}" if plan.mesh.world > 1 or plan.layout.stage else ""),
     ]
     if plan.layout.stage and (whole := unsplit(plan.declared, plan.layout.specs)):
         lines += [f"zero: {line}" for line in whole if not re.match(rf"{zero.BLOCKS}\.[1-9]", line)]  # blocks are alike

@@ -33,8 +33,9 @@ def declare(cfg):
             "fc2": {"w": Param((D, F), "DF", w), "b": Param((D,), "D", w)},
         },
     }
-    ends = {"embed": Param((L, D), "LD", w), "registers": Param((cfg.registers, D), "RD", w), "read": Param((D,), "D", w)}
-    return {**ends, "time": {"w": Param((D, 1), "Dt", w), "b": Param((D,), "D", w)}, "blocks": [block] * cfg.depth}
+    time = {"w": Param((D, 1), "Dt", w), "b": Param((D,), "D", w)}
+    ends = {"embed": Param((L, D), "LD", w), "registers": Param((cfg.registers, D), "RD", w), "time": time}
+    return {**ends, "blocks": [block] * cfg.depth, "read": Param((D,), "D", w)}
 
 
 def forward(params, x_BL, t_B, cfg, ops=Ops()):

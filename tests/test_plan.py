@@ -91,7 +91,7 @@ WRONG = [
     (dict(parallel=Parallel(memory_gib=24.0)), "parallel.memory_gib", "24.0", "use --parallel.offload auto"),
     (dict(parallel=Parallel(offload="auto", zero=3, memory_gib=-1.0)), "parallel.memory_gib", "-1.0", "positive"),
     (dict(grad_norms=True, parallel=Parallel(zero=3)), "grad_norms", "parallel.zero 3", "2 or less"),
-    (dict(parallel=Parallel(sequence="ring")), "parallel.sequence", "ring", "auto or none"),
+    (dict(parallel=Parallel(sequence="ring")), "parallel.sequence ring", "sp is 1", "--parallel.sp 2"),
     (dict(kernels="fused"), "kernels", "fused", "auto or reference"),
     (dict(compile=True), "compile", "True", "False"),
 ]
@@ -105,6 +105,44 @@ def test_wrong_settings_are_refused_in_one_sentence(changes, key, found, fix):
         plan.check(run)
         plan.pick_device(run.device)
     assert time.perf_counter() - began < 1
+
+
+# (changes, ranks, key, found, fix): 16 tokens, 4 heads
+WRONG_ON_RANKS = [
+    (dict(parallel=Parallel(sp=3)), 4, "parallel.sp 3", "4 ranks", "use 2 or 4"),
+    (dict(parallel=Parallel(sp=0)), 4, "parallel.sp 0", "", "at least 1"),
+    (dict(parallel=Parallel(dp=3)), 4, "parallel.dp 3", "there are 4", "--parallel.dp 4"),
+    (dict(parallel=Parallel(dp=2, sp=4)), 4, "parallel.dp 2 x --parallel.sp 4", "makes 8", "--parallel.dp 1"),
+    (dict(parallel=Parallel(dp=5, sp=1)), 5, "global_batch 96", "parallel.dp 5", "is 95"),
+    (dict(parallel=Parallel(sp=2), micro_batch=32), 4, "micro_batch 32", "96 / 2 = 48", "is 24"),
+    (dict(parallel=Parallel(sp=2, sequence="none")), 2, "parallel.sequence is none", "sp 2", "sequence auto"),
+    (dict(parallel=Parallel(sequence="ulysses", sp=1)), 4, "parallel.sequence ulysses", "sp is 1", "sp 2 or more"),
+    (dict(parallel=Parallel(sequence="megatron")), 4, "parallel.sequence megatron", "sp is 1", "sp 2 or more"),
+    (dict(parallel=Parallel(sp=32)), 32, "parallel.sp 32", "16 tokens", "--parallel.sp 16"),
+    (dict(parallel=Parallel(sp=8), model__patch=4), 8, "parallel.sp 8", "4 tokens", "--parallel.sp 4"),
+    (dict(parallel=Parallel(sp=2, sequence="dsp")), 2, "parallel.sequence dsp", "1 x 16 tokens", "use one of fastseq"),
+    (dict(parallel=Parallel(sp=4, ulysses=2)), 4, "parallel.ulysses 2", "sequence auto", "--parallel.sequence usp"),
+    (dict(parallel=Parallel(sp=4, ulysses=3, sequence="usp")), 4, "parallel.ulysses 3", "sp 4", r"\[1, 2, 4\]"),
+    (dict(parallel=Parallel(sp=4, ulysses=0, sequence="usp")), 4, "parallel.ulysses 0", "sp 4", r"\[1, 2, 4\]"),
+    (dict(parallel=Parallel(sp=4, ulysses=2, sequence="ring")), 4, "parallel.ulysses 2", "ring", "sequence usp"),
+    (dict(parallel=Parallel(sp=2, ring_fp8=True)), 2, "parallel.ring_fp8", "auto", "--parallel.sequence fastseq"),
+    (dict(parallel=Parallel(sp=2, ring_fp8=True, sequence="ring")), 2, "ring_fp8", "is ring", "sequence fastseq"),
+    (dict(parallel=Parallel(sp=2), grad_norms=True), 2, "grad_norms", "parallel.sp 2", "--parallel.sp 1"),
+]
+
+
+@pytest.mark.parametrize("changes, world, key, found, fix", WRONG_ON_RANKS)
+def test_wrong_layouts_are_refused_in_one_sentence(changes, world, key, found, fix):
+    with pytest.raises(ValueError, match=rf"(?s)^[^\n]*{key}[^\n]*{found}[^\n]*{fix}[^\n]*$"):
+        plan.check(changed(**changes), world=world)
+
+
+def test_degrees():
+    """Samples are shared before tokens are, and tokens by as few ranks as the global batch of 96 allows."""
+    told = {world: plan.divide(DIGITS, world) for world in (1, 4, 5, 8, 9, 64)}
+    assert told == {1: (1, 1), 4: (4, 1), 5: (1, 5), 8: (8, 1), 9: (3, 3), 64: (32, 2)}
+    assert plan.axes(changed(parallel=Parallel(sp=8, sequence="usp")), 16) == dict(dp=2, sp=8, ulysses=4, cfg=1)
+    assert plan.divide(changed(parallel=Parallel(dp=2)), 8) == (2, 4)
 
 
 def test_every_preset_passes_its_checks():

@@ -200,7 +200,7 @@ def bad_step_on(mesh, run, fault, culprit):
     mine = mesh.rank == culprit
     bad = composed
     if fault == "element" and mine:
-        bad = dataclasses.replace(composed, ops=dataclasses.replace(composed.ops, mlp=poisoned_mlp))
+        bad = dataclasses.replace(composed, kernels=dataclasses.replace(composed.kernels, mlp=poisoned_mlp))
     state = drawn_state(composed)
     batches = [share_of(run, i, mesh.dp.rank, mesh.dp.size) for i in range(3)]
     state, first = train.make_step(composed)(state, batches[0], KEY)  # so that moments and EMA are not zero

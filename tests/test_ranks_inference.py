@@ -65,7 +65,7 @@ def composed_on(mesh, stage=0, dataset=None, **changes):
         return composed.ops.enter(x_BLD, *tables)
 
     counted = dataclasses.replace(composed.ops, enter=enter)
-    counting = dataclasses.replace(composed, dtype=torch.float64, ops=counted)
+    counting = dataclasses.replace(composed, dtype=torch.float64, kernels=counted)
     specs = counting.layout.specs
     params = tree.map(lambda w, s: s.take(w, mesh.all.rank).clone(), redraw(counting.declared), specs)
     return counting, params, rows

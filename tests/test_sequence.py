@@ -68,7 +68,8 @@ def video_dit(length, heads):
 
 def rotary_3d(frames, columns):
     """Two of a head's six pairs turn with the frame, four with the column."""
-    t, x = (p.flatten().double()[:, None] for p in torch.meshgrid(torch.arange(frames), torch.arange(columns), indexing="ij"))
+    grid = torch.meshgrid(torch.arange(frames), torch.arange(columns), indexing="ij")
+    t, x = (p.flatten().double()[:, None] for p in grid)
     angle = torch.cat([t * torch.tensor([1.0, 0.3]).double(), x * torch.tensor([1.0, 0.5, 0.2, 0.1]).double()], -1)
     return angle.cos(), angle.sin()
 
@@ -107,7 +108,7 @@ MODELS = {"image": image_dit, "video": video_dit, "own": own, "time x space": ti
 SHAPES = {"64 tokens": (64, 4), "61 tokens": (61, 4), "6 heads": (64, 6)}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def case_of(model, shape):
     return MODELS[model](*SHAPES[shape])
 
@@ -142,7 +143,7 @@ def layout_on(mesh, case, name, stage, remat=False):
     return zero.layout(case.declared, stage, mesh.all, f64, f64, torch.device("cpu"), remat)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def one_rank(model, shape):
     return loss_and_gradients(single(), model, shape, "none", 0)
 
@@ -176,7 +177,11 @@ CASES = [
     for name in STRATEGIES
     for stage in ((0, 1, 2, 3) if mesh == "2x2" else (0, 2, 3))
 ]
-TIME_SPACE = [(m, s, stage) for m, s in itertools.product(MESHES, SHAPES) for stage in ((0, 1, 2, 3) if m == "2x2" else (0, 2, 3))]
+TIME_SPACE = [
+    (mesh, shape, stage)
+    for mesh, shape in itertools.product(MESHES, SHAPES)
+    for stage in ((0, 1, 2, 3) if mesh == "2x2" else (0, 2, 3))
+]
 
 
 def on_mesh(ranks, mesh, name, heads, fn, *args):

@@ -164,6 +164,11 @@ def _dense(out: int, dims: str, fan_in: int, init: Callable | None = None) -> di
     }
 
 
+def num_tokens(cfg: Config, shape: Shape) -> int:
+    """Tokens of a sample (L)."""
+    return (shape.size // cfg.patch) ** 2
+
+
 def num_labels(cfg: Config, shape: Shape) -> int:
     """Rows of the label table: the classes and, with label dropout, the null label after them."""
     return shape.num_classes + (cfg.label_dropout > 0)

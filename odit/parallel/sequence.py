@@ -46,9 +46,56 @@ def build(name: str, ops: Ops, place: Place) -> Ops:
     return ops if place.axis.size == 1 else STRATEGIES[name].build(ops, place)
 
 
-def inner_degree(sp: int, heads: int) -> int:
-    """The largest number of ulysses ranks within ``sp`` among which the heads divide."""
-    return math.gcd(sp, heads)
+def inner_degree(name: str, sp: int, heads: int, asked: int | None) -> int:
+    """Size of the mesh's ulysses axis: what usp was asked for, or the most ranks among which the heads divide."""
+    if name not in ("usp", "auto"):
+        return 1
+    return asked or math.gcd(sp, heads)
+
+
+def check(name: str, sp: int, length: int, heads: int, frames: int, ulysses: int | None, fp8: bool) -> None:
+    """Refuses what cannot share ``length`` tokens over ``sp`` ranks; raises ValueError with both numbers and a fix."""
+    if sp > 1 and name == "none":
+        raise ValueError(
+            f"parallel.sequence is none but parallel.sp {sp} shares a sample's tokens: use --parallel.sequence auto, "
+            "or --parallel.sp 1"
+        )
+    if sp == 1 and name not in ("auto", "none"):
+        raise ValueError(
+            f"parallel.sequence {name} shares a sample's tokens but parallel.sp is 1: use --parallel.sp 2 or more, or "
+            "--parallel.sequence auto"
+        )
+    if sp > length:
+        raise ValueError(f"parallel.sp {sp} is more than the {length} tokens of a sample: use --parallel.sp {length}")
+    if ulysses is not None and (name != "usp" or ulysses < 1 or sp % ulysses):
+        fits = [u for u in range(1, sp + 1) if sp % u == 0]
+        raise ValueError(
+            f"parallel.ulysses {ulysses} with parallel.sequence {name} over parallel.sp {sp}: it is usp's inner degree "
+            f"and divides sp; use --parallel.sequence usp and one of {fits}, or leave it out"
+        )
+    if fp8 and name != "fastseq":
+        raise ValueError(
+            f"parallel.ring_fp8 is True but parallel.sequence is {name}: use --parallel.sequence fastseq, whose ring "
+            "it is, or leave it out"
+        )
+    if sp > 1 and name not in ("auto", "none") and STRATEGIES[name].time_space != (frames > 1):
+        fits = [n for n, s in STRATEGIES.items() if s.time_space == (frames > 1)]
+        raise ValueError(
+            f"parallel.sequence {name} needs a time x space model{' not' * (frames > 1)}, and a sample has "
+            f"{frames} x {length // frames} tokens: use one of {', '.join(fits)}"
+        )
+    if name == "dsp" and sp > min(frames, length // frames):
+        raise ValueError(
+            f"parallel.sp {sp} is more than the {frames} frames or their {length // frames} tokens, which dsp splits "
+            f"in turn: use --parallel.sp {min(frames, length // frames)} or fewer"
+        )
+
+
+def idle(name: str, sp: int, heads: int) -> str | None:
+    """A line on ranks that a strategy leaves without heads."""
+    if name not in ("fastseq", "ulysses", "megatron") or heads >= sp:
+        return None
+    return f"sequence: {heads} heads over {sp} ranks leave {sp - heads} of them without attention; usp would not"
 
 
 # ------------------------------------------------------------------------------------------------------- the choice
