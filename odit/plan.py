@@ -128,6 +128,10 @@ def check(run: Run, shape: dit.Shape | None = None, world: int = 1) -> None:
     _check_served(run)
     dp, sp = divide(run, world)
     _check_share(run, dp)
+    if run.grad_norms and sp > 1:
+        raise ValueError(
+            f"grad_norms needs whole samples on a rank, which parallel.sp {sp} does not leave: use --parallel.sp 1"
+        )
     _check_offload(run)
     data.check(run.data)
     diffusion.check(run.diffusion)
@@ -212,10 +216,6 @@ def _check_served(run: Run) -> None:
         if found not in served:
             fits = " or ".join(str(value) for value in served)
             raise ValueError(f"{key} is {found}, which this version does not serve yet: use {fits}")
-    if run.grad_norms and (p.sp or 1) > 1:
-        raise ValueError(
-            f"grad_norms needs whole samples on a rank, which parallel.sp {p.sp} does not leave: use --parallel.sp 1"
-        )
     if run.grad_norms and p.zero == 3:
         raise ValueError(
             "grad_norms needs whole weights, which parallel.zero 3 does not keep: use parallel.zero 2 or less"
@@ -229,7 +229,7 @@ def divide(run: Run, world: int) -> tuple[int, int]:
     """
     p = run.parallel
     if p.sp is not None or p.dp is not None:
-        return check_mesh(world, p.dp, p.sp or max(1, world // max(1, p.dp or 1)))
+        return check_mesh(world, p.dp, p.sp if p.sp is not None else max(1, world // max(1, p.dp)))
     degrees = [sp for sp in range(1, world + 1) if world % sp == 0]
     return next((world // sp, sp) for sp in degrees if run.global_batch % (world // sp) == 0)
 
