@@ -43,6 +43,12 @@ class Evaluate:
     """Writes the figures to this JSON file too."""
     device: str = "auto"
     """'auto' takes a GPU where there is one."""
+    cfg: Literal[1, 2] = 1
+    """2 draws with the halves of a guidance pair on two ranks."""
+    sp: int = 1
+    """Ranks that share a sample's tokens."""
+    sequence: Literal["auto", "none", "fastseq", "ulysses", "ring", "usp", "megatron", "dsp"] = "auto"
+    """How ranks share a sample's tokens."""
 
 
 def main(args: Evaluate) -> None:
@@ -64,24 +70,28 @@ def main(args: Evaluate) -> None:
     rank, world, _ = meshes.start(plan.pick_device(args.device))
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
-        # nothing is trained here: a batch that any number of ranks divides
-        alone = dataclasses.replace(plan.alone(run), global_batch=world, device=args.device)
         health.same_everywhere(meshes.store(), rank, world, "command line", config.to_json(args))
-        mesh = meshes.make_mesh(world, rank, None, 1)
+        mesh = meshes.make_mesh(world, rank, None, args.sp, cfg=args.cfg)
         meshes.warm_up(mesh)
-        composed = plan.make(alone, dataset, mesh)
-        sampling = sample.override(
-            run.sampling, composed.shape.num_classes, solver=args.solver, steps=args.steps, scale=args.guidance
+        told = sample.override(
+            run.sampling, dataset.num_classes, solver=args.solver, steps=args.steps, scale=args.guidance
         )
-        plan.check_sampling(sampling, run.model, composed.shape, composed.objective)
+        run = dataclasses.replace(
+            plan.alone(run),
+            global_batch=world,  # nothing is trained here: a batch that any number of ranks divides
+            device=args.device,
+            sampling=told,
+            parallel=config.Parallel(sp=args.sp, sequence=args.sequence, cfg=args.cfg),
+        )
+        composed = plan.make(run, dataset, mesh)
         params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
         found = evaluate.evaluate(
-            composed, params, dataset, num=args.num, seed=args.seed, sampling=sampling,
+            composed, params, dataset, num=args.num, seed=args.seed,
             progress=functools.partial(tqdm, unit="step", leave=False, disable=rank > 0),
         )  # fmt: skip
         if rank == 0:
             if args.out:
-                record.write_json(args.out, {**found, "sampling": config.to_json(sampling), "seed": args.seed})
+                record.write_json(args.out, {**found, "sampling": config.to_json(run.sampling), "seed": args.seed})
             print(evaluate.report(found))
 
 

@@ -1,6 +1,7 @@
 """Draws pictures: ``python experiments/sample.py --checkpoint runs/digits/ema.safetensors --out x.png --num 16``.
 
-Under ``torchrun --nproc_per_node 2 -- experiments/sample.py ...`` the ranks draw a share each, of the same pictures.
+Under ``torchrun --nproc_per_node 2 -- experiments/sample.py ...`` the ranks draw a share each, of the same pictures;
+with ``--cfg 2`` two of them the halves of a guidance pair.
 Without its ``--`` torchrun takes --num for a short form of its own options.
 """
 
@@ -58,6 +59,12 @@ class Sample:
     """Dtype of matrix products; the run's own unless given."""
     device: str = "auto"
     """'auto' takes a GPU where there is one."""
+    cfg: Literal[1, 2] = 1
+    """2 draws with the halves of a guidance pair on two ranks."""
+    sp: int = 1
+    """Ranks that share a picture's tokens."""
+    sequence: Literal["auto", "none", "fastseq", "ulysses", "ring", "usp", "megatron", "dsp"] = "auto"
+    """How ranks share a picture's tokens."""
     tensors: Path | None = None
     """Also writes the raw samples (N, C, H, W) fp32 to this safetensors file."""
 
@@ -71,19 +78,9 @@ def main(args: Sample) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
         health.same_everywhere(meshes.store(), rank, world, "command line", config.to_json(args))
-        mesh = meshes.make_mesh(world, rank, None, 1)
+        mesh = meshes.make_mesh(world, rank, None, args.sp, cfg=args.cfg)
         meshes.warm_up(mesh)
         composed = open_plan(args, mesh)
-        sampling = sample.override(
-            composed.run.sampling,
-            composed.shape.num_classes,
-            solver=args.solver,
-            steps=args.steps,
-            scale=args.guidance,
-            interval=args.interval,
-            channels=args.channels,
-        )
-        plan.check_sampling(sampling, composed.run.model, composed.shape, composed.objective)
         labels = sample.choose_labels(args.num, composed.shape.num_classes, args.label)
         for path in filter(None, (args.out, args.tensors)):
             path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work
@@ -93,12 +90,11 @@ def main(args: Sample) -> None:
             params,
             labels,
             random.key(args.seed),
-            sampling=sampling,
             batch=args.batch,
             progress=functools.partial(tqdm, unit="step", leave=False, disable=rank > 0),
         )
         if rank == 0:
-            write(args, composed, sampling, labels, pictures)
+            write(args, composed, labels, pictures)
             print(f"{args.num} samples: {args.out}")
 
 
@@ -107,17 +103,32 @@ def open_plan(args: Sample, mesh: meshes.Mesh) -> plan.Plan:
     if not args.checkpoint.exists():
         raise CheckpointError(f"checkpoint {args.checkpoint} does not exist")
     about = checkpoint.read_about(args.checkpoint)
-    run = plan.alone(config.from_json(config.Run, about["config"]))
-    # nothing is trained here: a batch that any number of ranks divides
-    changes = {"global_batch": mesh.world, "precision": args.precision or run.precision, "device": args.device}
-    return plan.compose(dataclasses.replace(run, **changes), dit.Shape(**about["shape"]), mesh)
+    run, shape = plan.alone(config.from_json(config.Run, about["config"])), dit.Shape(**about["shape"])
+    sampling = sample.override(
+        run.sampling,
+        shape.num_classes,
+        solver=args.solver,
+        steps=args.steps,
+        scale=args.guidance,
+        interval=args.interval,
+        channels=args.channels,
+    )
+    run = dataclasses.replace(
+        run,
+        global_batch=mesh.world,  # nothing is trained here: a batch that any number of ranks divides
+        precision=args.precision or run.precision,
+        device=args.device,
+        sampling=sampling,
+        parallel=config.Parallel(sp=args.sp, sequence=args.sequence, cfg=args.cfg),
+    )
+    return plan.compose(run, shape, mesh)
 
 
-def write(args: Sample, composed: plan.Plan, sampling: config.Sampling, labels, pictures) -> None:
+def write(args: Sample, composed: plan.Plan, labels, pictures) -> None:
     """Writes the grid with its recipe, and the tensors where asked."""
     recipe = {
         **config.to_json(args),
-        "sampling": config.to_json(sampling),
+        "sampling": config.to_json(composed.run.sampling),
         "labels": labels.tolist(),
         "versions": record.about(),
     }

@@ -137,6 +137,7 @@ def check(run: Run, shape: dit.Shape | None = None, world: int = 1) -> None:
     diffusion.check(run.diffusion)
     optim.check(run.optimizer)
     objective = diffusion.build(run.diffusion)
+    _check_pairs(run, shape)
     shape = shape or _expected_shape(run)
     dit.check(run.model, shape)
     p, length = run.parallel, dit.num_tokens(run.model, shape)
@@ -229,9 +230,10 @@ def divide(run: Run, world: int) -> tuple[int, int]:
     """
     p = run.parallel
     if p.sp is not None or p.dp is not None:
-        return check_mesh(world, p.dp, p.sp if p.sp is not None else max(1, world // max(1, p.dp)))
-    degrees = [sp for sp in range(1, world + 1) if world % sp == 0]
-    return next((world // sp, sp) for sp in degrees if run.global_batch % (world // sp) == 0)
+        return check_mesh(world, p.dp, p.sp if p.sp is not None else max(1, world // max(1, p.dp)), p.cfg)
+    degrees = [sp for sp in range(1, world + 1) if world % sp == 0 and run.global_batch % (world // sp) == 0]
+    paired = [sp for sp in degrees if world // sp % p.cfg == 0]
+    return check_mesh(world, None, (paired or degrees)[0], p.cfg)
 
 
 def axes(run: Run, world: int) -> dict[str, int]:
@@ -264,6 +266,22 @@ def check_sampling(sampling: Sampling, model: dit.Config, shape: dit.Shape, obje
         raise ValueError(f"sampling.clip is {sampling.clip}, which a flow's solvers do not have: leave it out")
     if sampling.clip is not None and not sampling.clip > 0:
         raise ValueError(f"sampling.clip is {sampling.clip}: use a positive number, or leave it out")
+
+
+def _check_pairs(run: Run, shape: dit.Shape | None) -> None:
+    """Refuses guidance on two ranks where there is none; without a shape, classes are not known yet."""
+    p, scale = run.parallel, run.sampling.guidance.scale
+    if p.cfg == 1:
+        return
+    if shape is not None and not shape.num_classes:
+        raise ValueError(
+            f"parallel.cfg is {p.cfg} but the data has 0 classes, so that nothing is guided: use parallel.cfg 1"
+        )
+    if scale == 1:
+        raise ValueError(
+            f"parallel.cfg is {p.cfg} but sampling.guidance.scale 1.0 has no null pass for a second rank: "
+            "use parallel.cfg 1, or another scale, such as 4"
+        )
 
 
 def solver_of(sampling: Sampling, objective: Any) -> str:

@@ -13,6 +13,8 @@ from odit import plan as plans
 from odit import random, tree
 from odit.config import Sampling
 from odit.diffusion import guidance, solvers
+from odit.parallel import collectives
+from odit.parallel.mesh import Axis
 from odit.parallel.spread import spread
 from odit.plan import Plan
 
@@ -30,7 +32,7 @@ def sample(
 ) -> Tensor:
     """Draws one picture a label: (N, C, H, W) fp32, as the model left them (not clamped).
 
-    Ranks along dp draw a share each; all of them return all pictures.
+    Ranks along dp draw a share each, with ``parallel.cfg`` 2 pairs of them; all return all pictures.
 
     Args:
         labels_N: int64; picture ``start + n`` shows label n. The null label gives unconditional pictures.
@@ -46,7 +48,7 @@ def sample(
             ids_B = (start + places_B).to(plan.device)
             return _sample_batch(plan, working, labels_N[places_B].to(plan.device), ids_B, key, sampling, progress)
 
-        return spread(pictures, len(labels_N), plan.mesh.dp, batch).float()
+        return spread(pictures, len(labels_N), plan.mesh.pictures, batch).float()
 
 
 def _sample_batch(plan, working, labels_B, ids_B, key, sampling: Sampling, progress) -> Tensor:
@@ -60,6 +62,7 @@ def _sample_batch(plan, working, labels_B, ids_B, key, sampling: Sampling, progr
         scale=scale,
         interval=g.interval,
         channels=g.channels,
+        both=guidance.in_one_call if plan.mesh.cfg.size == 1 else in_halves(plan.mesh.cfg),
     )
     return solvers.sample(
         plan.objective,
@@ -71,6 +74,16 @@ def _sample_batch(plan, working, labels_B, ids_B, key, sampling: Sampling, progr
         progress=progress,
         clip=sampling.clip,
     )
+
+
+def in_halves(axis: Axis) -> Callable:
+    """Runs guidance's passes on the two ranks of ``axis``, the conditional one on the first; both get both results."""
+
+    def both(model, x, t_net_B, cond_B, null_B):
+        mine = model(x, t_net_B, cond_B if axis.rank == 0 else null_B)
+        return collectives.all_gather(mine, axis, 0).chunk(2)
+
+    return both
 
 
 def choose_labels(num: int, num_classes: int, chosen: tuple[int, ...]) -> Tensor:

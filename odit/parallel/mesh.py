@@ -76,7 +76,7 @@ def single() -> Mesh:
     return Mesh(0, 1, *map(alone, AXES))
 
 
-def check_mesh(world: int, dp: int | None, sp: int) -> tuple[int, int]:
+def check_mesh(world: int, dp: int | None, sp: int, cfg: int = 1) -> tuple[int, int]:
     """(dp, sp) for ``world`` ranks, with dp from what sp leaves where it is None; needs no process group.
 
     Raises ValueError with the nearest numbers that work.
@@ -94,6 +94,9 @@ def check_mesh(world: int, dp: int | None, sp: int) -> tuple[int, int]:
             f"--parallel.dp {dp} x --parallel.sp {sp} makes {_ranks(dp * sp)} and there are {world}: "
             f"use {' or '.join(fixes)}, or start {_ranks(dp * sp)}"
         )
+    if (samples := world // sp) % cfg:
+        more = _ranks(-(-samples // cfg) * cfg * sp)
+        raise ValueError(f"parallel.cfg {cfg} does not divide dp, which is {samples}: use 1, or start {more}")
     return world // sp, sp
 
 
@@ -117,8 +120,8 @@ def make_mesh(
         ulysses: size of that axis, which divides sp; ring is the rest.
         cfg: 2 where the halves of a guidance pair go to neighbours along dp, which must be even then; else 1.
     """
-    num_dp, num_sp = check_mesh(world, dp, sp)
-    assert num_sp % ulysses == 0 and num_dp % cfg == 0, (num_dp, num_sp, ulysses, cfg)
+    num_dp, num_sp = check_mesh(world, dp, sp, cfg)
+    assert num_sp % ulysses == 0, (num_sp, ulysses)
     if world == 1:
         return single()
     timeout_s = timeout_s or patience_s() + MARGIN_S
