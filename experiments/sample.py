@@ -65,6 +65,8 @@ class Sample:
     """Ranks that share a picture's tokens."""
     sequence: Literal["auto", "none", "fastseq", "ulysses", "ring", "usp", "megatron", "dsp"] = "auto"
     """How ranks share a picture's tokens."""
+    compile: bool = False
+    """Compiles the blocks."""
     tensors: Path | None = None
     """Also writes the raw samples (N, C, H, W) fp32 to this safetensors file."""
 
@@ -119,6 +121,7 @@ def open_plan(args: Sample, mesh: meshes.Mesh) -> plan.Plan:
         precision=args.precision or run.precision,
         device=args.device,
         sampling=sampling,
+        compile=args.compile,
         parallel=config.Parallel(sp=args.sp, sequence=args.sequence, cfg=args.cfg),
     )
     return plan.compose(run, shape, mesh)

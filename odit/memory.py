@@ -35,7 +35,7 @@ class Memory(NamedTuple):
 def predict(plan: Plan) -> Memory:
     """Weighs a step of ``plan`` as this rank of its mesh would run it; offload auto counts with all on the host."""
     kernels, objective = _flash_on_meta(plan.kernels), _on_meta(plan.objective)
-    fake = dataclasses.replace(plan, device=META, objective=objective, kernels=kernels)
+    fake = dataclasses.replace(plan, device=META, objective=objective, kernels=kernels, compiled=False)
     layout = fake.layout
     offloads = plan.run.parallel.offload != "none"
     parts = [s.local_shape(p.shape) for p, s in zip(tree.leaves(plan.declared), tree.leaves(layout.specs))]

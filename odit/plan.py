@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from odit import data, diffusion, optim, tree
+from odit import compiling, data, diffusion, optim, tree
 from odit.config import Parallel, Run, Sampling
 from odit.diffusion import solvers
 from odit.diffusion.flow import Flow
@@ -43,6 +43,8 @@ class Plan:
     """The strategy by which ranks share a sample's tokens, or none."""
     notes: tuple[str, ...]
     """Choices made for the user and why, one line each."""
+    compiled: bool = False
+    """Whether blocks are compiled: asked for, and possible here."""
 
     @property
     def null_label(self) -> int:
@@ -106,12 +108,17 @@ class Plan:
             self.declared, p.zero, self.mesh.all, self.dtype, reduce_dtype, self.device, p.remat == "block"
         )
 
+    def view(self, targets: tree.Tree, held: zero.Held, sink: zero.Sink | None = None) -> tuple[tree.Tree, Ops]:
+        """``layout.view`` of this plan's record: parameters and record for a forward pass."""
+        params, ops = self.layout.view(targets, held, self.ops, sink)
+        return params, compiling.compiled(ops) if self.compiled else ops
+
     def inference(self, params: tree.Tree) -> tuple[tree.Tree, Ops]:
         """Parameters and record for forward passes without gradients, from this rank's parts of the weights."""
         if self.home != self.device:  # cast once, not in each forward pass
             params = tree.map(lambda p: _pinned(p.to(self.dtype)) if p.device.type == "cpu" else p, params)
         held = self.layout.hold(params)
-        return self.layout.view(self.layout.targets(params, held), held, self.ops)
+        return self.view(self.layout.targets(params, held), held)
 
 
 def _pinned(x: torch.Tensor) -> torch.Tensor:
@@ -210,7 +217,6 @@ def _check_served(run: Run) -> None:
     later = {
         "parallel.remat": (p.remat, ("none", "block")),
         "kernels": (run.kernels, ("auto", "reference")),
-        "compile": (run.compile, (False,)),
         "replay": (run.replay, (None,)),
     }
     for key, (found, served) in later.items():
@@ -323,6 +329,9 @@ def compose(run: Run, shape: dit.Shape, mesh: Mesh | None = None) -> Plan:
     elif run.kernels == "auto":
         notes.append("kernels: reference (auto on a CPU)")
     name, told = _strategy(run, shape, mesh, device)
+    obstacle = compiling.obstacle(device, compiling.BACKEND) if run.compile else None
+    if run.compile:
+        notes.append(f"compile: none ({obstacle})" if obstacle else f"compile: blocks, by {compiling.BACKEND}")
     return Plan(
         run=run,
         device=device,
@@ -334,6 +343,7 @@ def compose(run: Run, shape: dit.Shape, mesh: Mesh | None = None) -> Plan:
         mesh=mesh,
         sequence=name,
         notes=(*notes, *told),
+        compiled=run.compile and obstacle is None,
     )
 
 
@@ -370,8 +380,8 @@ def _check_budget(run: Run, device: torch.device) -> None:
 
 
 def alone(run: Run) -> Run:
-    """The same run on one rank."""
-    return dataclasses.replace(run, parallel=Parallel(), micro_batch=None)
+    """The same run on one rank, nothing compiled."""
+    return dataclasses.replace(run, parallel=Parallel(), micro_batch=None, compile=False)
 
 
 def pick_device(name: str) -> torch.device:

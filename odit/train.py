@@ -258,7 +258,7 @@ def part_gradients(
     """(loss a sample, gradients) of one micro-batch, by a forward and a backward pass."""
 
     def loss_sum(targets):
-        loss_B = losses(plan, *plan.layout.view(targets, held, plan.ops, sink), x_BCHW, y_B, draws)
+        loss_B = losses(plan, *plan.view(targets, held, sink), x_BCHW, y_B, draws)
         # each of the sp ranks computes the same losses whole, and gradients are summed over all ranks
         return loss_B.sum() * (scale / plan.run.global_batch / plan.mesh.sp.size), loss_B.detach()
 

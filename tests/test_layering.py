@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PURE = {"tree", "random", "param", "ops", "nn", "models", "diffusion", "optim", "data", "metrics", "convert", "config"}
+PURE = {
+    *("tree", "random", "param", "ops", "nn", "models", "diffusion", "optim", "data", "metrics", "convert", "config"),
+    "compiling",
+}
 BOTH_SIDES = {"plan", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"}
 ALLOWED = {
     "kernels": {"ops", "tree", "kernels"},

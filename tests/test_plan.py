@@ -93,7 +93,6 @@ WRONG = [
     (dict(grad_norms=True, parallel=Parallel(zero=3)), "grad_norms", "parallel.zero 3", "2 or less"),
     (dict(parallel=Parallel(sequence="ring")), "parallel.sequence ring", "sp is 1", "--parallel.sp 2"),
     (dict(kernels="fused"), "kernels", "fused", "auto or reference"),
-    (dict(compile=True), "compile", "True", "False"),
 ]
 
 

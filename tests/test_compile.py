@@ -1,0 +1,282 @@
+"""Compiled blocks against eager ones in fp64, and how often they are compiled; "aot_eager" stands for inductor."""
+
+import contextlib
+import dataclasses
+import itertools
+import warnings
+
+import pytest
+import torch
+from conftest import redraw
+from test_ranks_inference import composed_on
+from test_zero import KEY, RUN, assemble, fp64_plan, fp64_state, three_steps, with_
+from torch._dynamo.backends.debugging import aot_eager
+
+from odit import compiling, memory, plan, random, sample, train, tree, validate
+from odit.config import Guidance, Sampling
+from odit.data import loader
+from odit.models import dit
+from odit.ops import Ops
+from odit.parallel import collectives, spec
+from odit.parallel.layers import Local, run_layers
+from odit.parallel.mesh import single
+
+WORLDS = pytest.mark.parametrize("world", [1, 2], scope="session")
+GRAPHS = []  # what this process has compiled
+CALLS = []  # and each call of it
+SECONDS = 120.0  # of a case: the first one in a process loads the compiler
+
+
+def counted(graph, inputs):
+    made = aot_eager(graph, inputs)
+    GRAPHS.append(graph)
+
+    def call(*args):
+        CALLS.append(1)
+        return made(*args)
+
+    return call
+
+
+@contextlib.contextmanager
+def compiling_by(backend, fresh=True):
+    """Compiles by ``backend``, starting with nothing compiled where ``fresh``."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        # the tracer looks at .grad of what is no leaf, and hides the warning by other means than a filter
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+        patch.setattr(compiling, "BACKEND", backend)
+        compiling.obstacle(torch.device("cpu"), backend)
+        if fresh:
+            torch._dynamo.reset()
+        GRAPHS.clear()
+        CALLS.clear()
+        yield
+
+
+@pytest.fixture
+def by_aot():
+    with compiling_by(counted):
+        yield
+
+
+def compiled_steps(mesh, run):
+    """``three_steps`` of test_zero, and how many graphs were compiled and run."""
+    with compiling_by(counted, fresh=False):  # cases share what they can, for the sake of time
+        return three_steps(mesh, dataclasses.replace(run, compile=True)), len(GRAPHS), len(CALLS)
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    return three_steps(single(), with_())
+
+
+@WORLDS
+@pytest.mark.parametrize("stage, remat", list(itertools.product((0, 1, 2, 3), ("none", "block"))))
+def test_compiled_steps_equal_eager_ones(ranks, one_rank, world, stage, remat):
+    """Under stage 3 the weights that a graph has saved are freed and filled again between forward and backward."""
+    found = ranks.run(world, compiled_steps, with_(stage, 2, remat, world=world), timeout_s=SECONDS)
+    log, expected = one_rank
+    micro_batches, blocks = 8, 3  # gradients of one step, then three steps
+    for (rank_log, _), graphs, calls in found:
+        assert graphs <= 2 and calls == micro_batches * blocks * (2 if remat == "block" else 1)
+        for (loss, norm, word), (loss1, norm1, word1) in zip(rank_log, log):
+            assert word == word1
+            assert abs(loss - loss1) <= 1e-11 * abs(loss1) and abs(norm - norm1) <= 1e-11 * norm1
+    declared = dit.declare(RUN.model, dit.Shape(1, 8, 10))
+    specs = spec.specs(declared, world, split=stage > 0)
+    for role, whole in expected.items():
+        joined = assemble([parts[role] for (_, parts), _, _ in found], specs)
+        for (path, a), b in zip(tree.items(joined), tree.leaves(whole)):
+            scale = expected[role]["blocks"][0]["qkv"]["b"].norm() if path.endswith("qkv.b") else b.norm()
+            assert (a - b).norm() <= 1e-11 * scale, f"{role} {path}"
+
+
+def whole_life(mesh, stage, remat, cut):
+    """Graphs after steps of a run, after its validation, and after pictures in batches of several sizes."""
+    with compiling_by(counted):
+        run = dataclasses.replace(
+            with_(stage, cut, remat, world=mesh.world),
+            compile=True,
+            steps=4,
+            validation_draws=1,
+            sampling=Sampling("heun", 3, Guidance(2.0, interval=(0.3, 0.8))),
+        )
+        composed, dataset = fp64_plan(run, mesh)
+        state, step, counts = fp64_state(composed), train.make_step(composed), []
+        part = (mesh.dp.rank, mesh.dp.size)
+        for batch in loader.batches(dataset, KEY, global_batch=run.global_batch, stop=4, part=part):
+            state, _ = step(state, batch, KEY)
+        counts.append(len(GRAPHS))
+        dataset.held_out_ids = dataset.held_out_ids[:52]
+        validate.validate(composed, state.ema, AsFp64(dataset))
+        counts.append(len(GRAPHS))
+        for num, batch in ((9, 5), (14, 7), (6, 6)):
+            sample.sample(composed, state.ema, torch.arange(num) % 10, KEY, batch=batch)
+        return [*counts, len(GRAPHS)]
+
+
+class AsFp64:
+    """A data set read in fp64."""
+
+    def __init__(self, dataset):
+        self.held_out_ids, self.shape, self._read = dataset.held_out_ids, dataset.shape, dataset.read
+
+    def read(self, ids):
+        x, y = self._read(ids)
+        return x.double(), y
+
+
+@WORLDS
+@pytest.mark.parametrize("stage, remat, cut", [(0, "none", 1), (3, "block", 2)])
+def test_a_run_compiles_its_blocks_twice(ranks, world, stage, remat, cut):
+    """Once with gradients and once without, whatever the number of blocks, steps, micro-batches and pictures."""
+    for counts in ranks.run(world, whole_life, stage, remat, cut, timeout_s=SECONDS):
+        assert counts == ([1, 2, 2] if remat == "none" else [2, 2, 2])
+
+
+def test_more_blocks_are_compiled_no_more_often(by_aot):
+    for depth in (1, 6):
+        torch._dynamo.reset()
+        GRAPHS.clear()
+        run = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, depth=depth), compile=True)
+        composed, dataset = fp64_plan(run)
+        (batch,) = loader.batches(dataset, KEY, global_batch=24, stop=1)
+        train.gradients(composed, fp64_state(composed).params, batch, KEY)
+        assert len(GRAPHS) == 1
+
+
+def test_one_sample_is_a_shape_of_its_own(by_aot):
+    composed, _ = fp64_plan(dataclasses.replace(RUN, compile=True))
+    params = fp64_state(composed).params
+    for num, graphs in ((4, 1), (1, 2), (3, 2), (1, 2)):
+        found = sample.sample(composed, params, torch.arange(num), KEY, sampling=Sampling("euler", 1, Guidance(1.0)))
+        assert len(found) == num and len(GRAPHS) == graphs
+
+
+def pictures(mesh, stage, compiled):
+    with compiling_by(counted):
+        composed, params, _ = composed_on(mesh, stage, compile=compiled)
+        assert composed.compiled == compiled
+        return sample.sample(composed, params, torch.arange(11) % 10, random.key(3), batch=4), len(GRAPHS)
+
+
+@WORLDS
+@pytest.mark.parametrize("stage", [0, 3])
+def test_pictures_equal_eager_ones(ranks, world, stage):
+    eager, none = pictures(single(), 0, False)
+    assert none == 0
+    for found, graphs in ranks.run(world, pictures, stage, True, timeout_s=SECONDS):
+        assert (found - eager).norm() <= 1e-11 * eager.norm() and graphs == 1
+
+
+def test_gradient_norms_a_sample_and_the_plan_of_memory_stay_eager(by_aot, make_plan, tiny, digits):
+    eager, compiled = (make_plan(tiny, grad_norms=True, compile=on) for on in (False, True))
+    params = train.init_state(eager, KEY).params
+    assert validate.validate(eager, params, digits) == validate.validate(compiled, params, digits)
+    assert memory.predict(eager) == memory.predict(compiled)
+    assert not GRAPHS
+
+
+# ---------------------------------------------------------------------------------------- sites that talk to others
+
+MODEL = dit.Config(width=32, depth=3, heads=4, patch=2, qk_norm=True, positions="rotary")
+
+
+def swapping(ops, axis):
+    """Tokens are shared; attention swaps them for heads and back."""
+
+    def enter(x, *tables):
+        x, tables = ops.enter(x, *tables)
+        return collectives.take(x, axis, 1), tuple(collectives.take(t, axis, 0) for t in tables)
+
+    def attend(q, k, v):
+        q, k, v = (collectives.all_to_all(t, axis, 2, 1) for t in (q, k, v))
+        return collectives.all_to_all(ops.attend(q, k, v), axis, 1, 2)
+
+    def leave(x):
+        return collectives.all_gather(x, axis, 1)
+
+    return dataclasses.replace(ops, enter=enter, attend=attend, leave=leave)
+
+
+def loss_and_gradients(ops, parts, num):
+    params = tree.map(lambda p: p.requires_grad_(), redraw(dit.declare(MODEL, dit.Shape(1, 8, 10))))
+    x, t, y = given(num)
+    loss = (dit.forward(params, x, t, y, MODEL, ops) ** 2).sum() / parts
+    return loss.detach(), torch.autograd.grad(loss, tree.leaves(params))
+
+
+def given(num):
+    ids = torch.arange(num)
+    return random.normal(KEY, (1, 8, 8), ids).double(), random.uniform(KEY, (), ids).double(), ids % 10
+
+
+def swapped(mesh, remat):
+    """Loss and summed gradients, a prediction, and graphs after each of two passes with gradients and three without."""
+    with compiling_by(counted):
+        ops, counts = swapping(Ops(), mesh.sp), []
+        ops = compiling.compiled(run_layers(ops, Local(), True) if remat else ops)
+        for _ in range(2):
+            loss, grads = loss_and_gradients(ops, mesh.sp.size, 5)
+            counts.append(len(GRAPHS))
+        summed = [collectives.all_reduce(g, mesh.sp) for g in grads]
+        params = redraw(dit.declare(MODEL, dit.Shape(1, 8, 10)))
+        with torch.no_grad():
+            for num in (3, 8, 5):
+                prediction = dit.forward(params, *given(num), MODEL, ops)
+                counts.append(len(GRAPHS))
+        return loss * mesh.sp.size, summed, prediction, counts
+
+
+@pytest.mark.parametrize("world", [2], scope="session")
+@pytest.mark.parametrize("remat", [False, True])
+def test_what_passes_between_ranks_ends_a_graph(ranks, world, remat):
+    """Before, between (attention itself) and after the two exchanges: three stretches, each compiled once a kind."""
+    loss, grads = loss_and_gradients(Ops(), 1, 5)
+    with torch.no_grad():
+        plain = dit.forward(redraw(dit.declare(MODEL, dit.Shape(1, 8, 10))), *given(5), MODEL)
+    for found, summed, prediction, counts in ranks.run(world, swapped, remat, sp=2, timeout_s=SECONDS):
+        assert abs(found - loss) <= 1e-11 * abs(loss)
+        assert (prediction - plain).norm() <= 1e-11 * plain.norm()
+        for (path, g), one in zip(tree.items(dit.declare(MODEL, dit.Shape(1, 8, 10))), zip(summed, grads)):
+            assert (one[0] - one[1]).norm() <= 1e-11 * max(one[1].norm(), 1e-2), (path, g)
+        assert counts == ([6] * 5 if remat else [3, 3, 6, 6, 6]), counts
+
+
+# ------------------------------------------------------------------------------------------------------------- start-up
+
+
+def test_a_compiler_that_is_not_there_is_told_of(monkeypatch, make_plan, tiny):
+    def missing(graph, inputs):
+        raise RuntimeError("no C++ compiler found\nand more about it")
+
+    monkeypatch.setattr(compiling, "BACKEND", missing)
+    torch._dynamo.reset()
+    composed = make_plan(tiny, compile=True)
+    assert not composed.compiled
+    assert [n for n in composed.notes if n.startswith("compile: none (") and "no C++ compiler found" in n]
+
+
+def test_the_choice_is_told(monkeypatch, make_plan, tiny):
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    assert "compile: blocks, by aot_eager" in make_plan(tiny, compile=True).notes
+    assert not [n for n in make_plan(tiny).notes if n.startswith("compile")]
+    assert not plan.alone(dataclasses.replace(tiny, compile=True)).compile
+
+
+@pytest.mark.slow
+def test_inductor(make_plan, tiny, digits):
+    """The backend of a run, in fp32: two steps and pictures."""
+    torch._dynamo.reset()
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+    found = []
+    for compiled in (False, True):
+        composed = make_plan(tiny, compile=compiled, micro_batch=48)
+        if compiled and not composed.compiled:
+            pytest.skip(composed.notes[-1])
+        state, step = train.init_state(composed, KEY), train.make_step(composed)
+        for batch in loader.batches(digits, KEY, global_batch=96, stop=2):
+            state, metrics = step(state, batch, KEY)
+        found.append((metrics["loss"], sample.sample(composed, state.params, torch.arange(3), KEY)))
+    (loss, pictures_), (loss1, pictures1) = found
+    assert loss1 == pytest.approx(loss, rel=1e-5) and torch.allclose(pictures_, pictures1, atol=1e-4)
