@@ -38,6 +38,8 @@ class Zero:
     """Layouts: a stage, and after a plus what is offloaded: 3+optimizer, or 3+auto24 for a budget of 24 GiB."""
     remat: Literal["none", "block"] = "none"
     """Activations computed again in backward."""
+    compile: bool = False
+    """Compiles the blocks; what is planned is of eager ones."""
     reduce: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which gradients are summed."""
     clip: float | None = None
@@ -68,7 +70,14 @@ def zero_row(cfg: Zero, layout: str, mesh: meshes.Mesh) -> dict[str, Any]:
     """Measures one layout; what could not run is a row with its reason."""
     run = zero_run(cfg, layout)
     name = f"zero {layout}"
-    about = {"name": name, "preset": cfg.preset, "batch": cfg.batch, "precision": cfg.precision, "remat": cfg.remat}
+    about = {
+        "name": name,
+        "preset": cfg.preset,
+        "batch": cfg.batch,
+        "precision": cfg.precision,
+        "remat": cfg.remat,
+        "compile": cfg.compile,
+    }
     composed = plan.make(run, data.open_dataset(run.data), mesh)
     where = device_name(composed.device)
     planned = memory.predict(composed).peak if composed.device.type == "cuda" else None
@@ -118,6 +127,7 @@ def zero_run(cfg: Zero, layout: str) -> config.Run:
         steps=cfg.warmup + cfg.steps,
         evaluate=False,
         optimizer=dataclasses.replace(run.optimizer, clip=clip),
+        compile=cfg.compile,
         parallel=config.Parallel(zero=int(stage), reduce=cfg.reduce, remat=cfg.remat, offload=offload, memory_gib=gib),
     )
 
