@@ -71,8 +71,6 @@ def main(args: Evaluate) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
         health.same_everywhere(meshes.store(), rank, world, "command line", config.to_json(args))
-        mesh = meshes.make_mesh(world, rank, None, args.sp, cfg=args.cfg)
-        meshes.warm_up(mesh)
         told = sample.override(
             run.sampling, dataset.num_classes, solver=args.solver, steps=args.steps, scale=args.guidance
         )
@@ -83,6 +81,8 @@ def main(args: Evaluate) -> None:
             sampling=told,
             parallel=config.Parallel(sp=args.sp, sequence=args.sequence, cfg=args.cfg),
         )
+        mesh = meshes.make_mesh(world, rank, **plan.axes(run, world))
+        meshes.warm_up(mesh)
         composed = plan.make(run, dataset, mesh)
         params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
         found = evaluate.evaluate(

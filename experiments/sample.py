@@ -80,9 +80,10 @@ def main(args: Sample) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
         health.same_everywhere(meshes.store(), rank, world, "command line", config.to_json(args))
-        mesh = meshes.make_mesh(world, rank, None, args.sp, cfg=args.cfg)
+        run, shape = read_run(args, world)
+        mesh = meshes.make_mesh(world, rank, **plan.axes(run, world))
         meshes.warm_up(mesh)
-        composed = open_plan(args, mesh)
+        composed = plan.compose(run, shape, mesh)
         labels = sample.choose_labels(args.num, composed.shape.num_classes, args.label)
         for path in filter(None, (args.out, args.tensors)):
             path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work
@@ -100,8 +101,8 @@ def main(args: Sample) -> None:
             print(f"{args.num} samples: {args.out}")
 
 
-def open_plan(args: Sample, mesh: meshes.Mesh) -> plan.Plan:
-    """The plan of the run that wrote the weights, on these ranks, each with whole weights."""
+def read_run(args: Sample, world: int) -> tuple[config.Run, dit.Shape]:
+    """The run that wrote the weights, as it samples on ``world`` ranks, and the shape of its data."""
     if not args.checkpoint.exists():
         raise CheckpointError(f"checkpoint {args.checkpoint} does not exist")
     about = checkpoint.read_about(args.checkpoint)
@@ -117,14 +118,14 @@ def open_plan(args: Sample, mesh: meshes.Mesh) -> plan.Plan:
     )
     run = dataclasses.replace(
         run,
-        global_batch=mesh.world,  # nothing is trained here: a batch that any number of ranks divides
+        global_batch=world,  # nothing is trained here: a batch that any number of ranks divides
         precision=args.precision or run.precision,
         device=args.device,
         sampling=sampling,
         compile=args.compile,
         parallel=config.Parallel(sp=args.sp, sequence=args.sequence, cfg=args.cfg),
     )
-    return plan.compose(run, shape, mesh)
+    return run, shape
 
 
 def write(args: Sample, composed: plan.Plan, labels, pictures) -> None:
