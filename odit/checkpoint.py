@@ -63,7 +63,7 @@ def _write_pieces(plan: Plan, state: TrainState, folder: Path) -> tuple[str, dic
     for role, t in zip(ROLES, (state.params, state.opt.m, state.opt.v, state.ema)):
         leaves = zip(tree.items(t), tree.leaves(plan.declared), tree.leaves(plan.layout.specs))
         for (path, leaf), declared, spec in leaves:
-            if spec.dim is not None or axis.rank == 0:
+            if spec.owns(axis.rank):
                 pieces[f"{role}/{path}"] = leaf.detach().cpu().contiguous()
                 offsets[f"{role}/{path}"] = spec.offsets(declared.shape, axis.rank)
     save_file(pieces, folder / name)

@@ -43,6 +43,8 @@ class Plan:
     """The strategy by which ranks share a sample's tokens, or none."""
     notes: tuple[str, ...]
     """Choices made for the user and why, one line each."""
+    claimed: str = ""
+    """Letters of the dims on which that strategy has weights stored split over sp, such as HF (heads, ffn)."""
     compiled: bool = False
     """Whether blocks are compiled: asked for, and possible here."""
 
@@ -86,14 +88,6 @@ class Plan:
         length = dit.num_tokens(cfg, self.shape)
         return Place(self.mesh, length, cfg.heads, claimed=self.claimed, fp8=p.ring_fp8)
 
-    @property
-    def claimed(self) -> str:
-        """Letters of the dims on which the strategy has weights stored split over sp."""
-        if self.sequence == "none":
-            return ""
-        sizes = {"H": self.run.model.heads, "F": self.run.model.ffn}
-        return "".join(c for c in sequence.STRATEGIES[self.sequence].claims if sizes[c] % self.mesh.sp.size == 0)
-
     @functools.cached_property
     def ops(self) -> Ops:
         """The record that the model gets: kernels under the sequence strategy."""
@@ -101,11 +95,11 @@ class Plan:
 
     @functools.cached_property
     def layout(self) -> zero.Layout:
-        """How the state is stored and used; ZeRO splits over dp x sp together."""
+        """How the state is stored and used; ZeRO splits over dp x sp together, what is claimed over sp over dp."""
         p = self.run.parallel
         reduce_dtype = torch.promote_types(self.dtype, torch.float32) if p.reduce == "fp32" else torch.bfloat16
         return zero.layout(
-            self.declared, p.zero, self.mesh.all, self.dtype, reduce_dtype, self.device, p.remat == "block"
+            self.declared, p.zero, self.mesh, self.dtype, reduce_dtype, self.device, p.remat == "block", self.claimed
         )
 
     def view(self, targets: tree.Tree, held: zero.Held, sink: zero.Sink | None = None) -> tuple[tree.Tree, Ops]:
@@ -343,6 +337,7 @@ def compose(run: Run, shape: dit.Shape, mesh: Mesh | None = None) -> Plan:
         mesh=mesh,
         sequence=name,
         notes=(*notes, *told),
+        claimed=_claimed(name, run.model, mesh.sp.size),
         compiled=run.compile and obstacle is None,
     )
 
@@ -368,6 +363,13 @@ def _strategy(run: Run, shape: dit.Shape, mesh: Mesh, device: torch.device) -> t
     if line := sequence.idle(name, sp, run.model.heads):
         notes.append(line)
     return name, notes
+
+
+def _claimed(name: str, model: dit.Config, sp: int) -> str:
+    """The letters that a strategy claims and sp divides; other weights are stored as ever, and sliced where used."""
+    sizes = {"H": model.heads, "F": model.ffn}
+    claims = sequence.STRATEGIES[name].claims if name != "none" else ""
+    return "".join(letter for letter in claims if sizes[letter] % sp == 0)
 
 
 def _check_budget(run: Run, device: torch.device) -> None:

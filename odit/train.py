@@ -187,20 +187,19 @@ def agree(
 ) -> tuple[float, float, int]:
     """(mean loss, global gradient norm, draw digest) over all ranks, by one small all-reduce; the same bits on each.
 
-    Leaves that are whole everywhere count once, with what the first rank has; samples with the first rank along sp.
+    What several ranks hold alike counts once, with what the first of them has; samples with the first rank along sp.
     """
-    split, whole = plan.layout.squared_norm(grads)
-    host_split, host_whole = host.squared_norm() if host is not None else (0.0, 0.0)
+    square = plan.layout.squared_norm(grads).double()
+    if host is not None:
+        square = square + host.squared_norm()
     pieces = [(word >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]  # fp64 sums them exactly
-    if plan.layout.axis.rank == 0:
-        split, host_split = split.double() + whole, host_split + host_whole
     speaks = plan.mesh.sp.rank == 0
     loss = loss_B.double().sum() if speaks else torch.zeros((), dtype=torch.float64, device=plan.device)
     words = torch.tensor(pieces if speaks else [0] * 4, dtype=torch.float64, device=plan.device)
-    told = torch.cat([torch.stack([loss, split.double() + host_split]), words])
-    loss, square, *pieces = collectives.all_reduce_(told, plan.layout.axis).tolist()
+    told = torch.cat([torch.stack([loss, square]), words])
+    loss, total, *pieces = collectives.all_reduce_(told, plan.layout.axis).tolist()
     word = sum(int(piece) << shift for piece, shift in zip(pieces, (0, 16, 32, 48)))
-    return loss / plan.run.global_batch, math.sqrt(square), word & (2**64 - 1)
+    return loss / plan.run.global_batch, math.sqrt(total), word & (2**64 - 1)
 
 
 def name_bad(plan: Plan, grads: tree.Tree, host: offload.Offload | None = None) -> str | None:

@@ -17,7 +17,7 @@ from odit.param import Param, zeros
 def fp32_host(size, dtype=torch.float32):
     """An ``Offload`` of one flat leaf beside an empty list of blocks, its state and its gradient."""
     declared = {"a": Param((size,), "D", zeros), "blocks": []}
-    layout = zero.layout(declared, 3, mesh.single().all, dtype, dtype, torch.device("cpu"))
+    layout = zero.layout(declared, 3, mesh.single(), dtype, dtype, torch.device("cpu"))
     values = random.normal(KEY, (2 * 4096,), torch.arange(5))[:, :size]
     p, m, ema, grad = (x.to(dtype).clone() for x in values[:4])
     v = values[4].square().to(dtype)

@@ -279,7 +279,7 @@ def most_alive(mesh, run):
 
     def finish_gather(self, pending, shards):
         whole = finish(self, pending, shards)
-        note(whole.flat)
+        note(whole.flats[0])
         return whole
 
     (batch,) = loader.batches(dataset, KEY, global_batch=run.global_batch, stop=1, part=(mesh.dp.rank, mesh.dp.size))

@@ -1,7 +1,8 @@
 """Leaves that travel together: a block's parts in one flat buffer, gathered into whole leaves and reduced into parts.
 
 Rank r's parts of all leaves, end to end, are row r. Gathers carry the dtype of matrix products, reductions
-``reduce_dtype``.
+``reduce_dtype``. Where a strategy has claimed dims, the leaves cut over sp travel apart from the others, over dp alone:
+``Convoy`` is both. Whole means what the model sees: of a claimed leaf this rank's share.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from odit.parallel.spec import Spec
 
 
 class Whole(NamedTuple):
-    """A bundle's whole leaves: views into one storage, so that all of it can be freed and filled again at once."""
+    """Whole leaves: views into one storage a bundle, so that all of it can be freed and filled again at once."""
 
-    flat: Tensor
+    flats: list[Tensor]
     leaves: list[Tensor]
 
 
@@ -91,7 +92,7 @@ class Bundle:
         with self._beside():
             mine = self._joined([shards[i] for i in self.split], self.dtype)
             # .data: filling freed weights again is no change that autograd should see
-            rows = whole.flat.data if self.rows_are_whole else mine.new_empty(self.axis.size * self.row)
+            rows = whole.flats[0].data if self.rows_are_whole else mine.new_empty(self.axis.size * self.row)
             handle = collectives.all_gather_flat(rows, mine, self.axis, async_op=True)
             return Gathering(handle, rows, self._event(), whole)
 
@@ -164,7 +165,7 @@ class Bundle:
     def _room(self) -> Whole:
         flat = torch.empty(sum(map(math.prod, self.shapes)), dtype=self.dtype, device=self.device)
         leaves = [part.view(shape).detach() for part, shape in zip(flat.split(self._whole_sizes), self.shapes)]
-        return Whole(flat, leaves)
+        return Whole([flat], leaves)
 
     @functools.cached_property
     def _whole_sizes(self) -> list[int]:
@@ -187,11 +188,56 @@ class Bundle:
             torch.cuda.current_stream(self.device).wait_event(arrived)
 
 
+@dataclass(frozen=True)
+class Convoy:
+    """Bundles over axes of their own that start together; ``places`` are their leaves' indices in the one list.
+
+    All it does is share lists out and join them again: every method is ``Bundle``'s.
+    """
+
+    bundles: tuple[Bundle, ...]
+    places: tuple[tuple[int, ...], ...]
+
+    def start_gather(self, shards: list[Tensor], into: Whole | None = None) -> list[Gathering]:
+        """Starts the all-gathers; ``into`` is filled again."""
+        if into is None:
+            rooms = [None] * len(self.bundles)
+        else:
+            rooms = [Whole([flat], leaves) for flat, leaves in zip(into.flats, self._shared_out(into.leaves))]
+        return [b.start_gather(s, room) for b, s, room in zip(self.bundles, self._shared_out(shards), rooms)]
+
+    def finish_gather(self, pending: list[Gathering], shards: list[Tensor]) -> Whole:
+        """Waits for the rows and lays them out as whole leaves."""
+        found = [b.finish_gather(p, s) for b, p, s in zip(self.bundles, pending, self._shared_out(shards))]
+        return Whole([flat for whole in found for flat in whole.flats], self._joined([w.leaves for w in found]))
+
+    def gather(self, shards: list[Tensor]) -> Whole:
+        """The whole leaves, at once."""
+        return self.finish_gather(self.start_gather(shards), shards)
+
+    def start_reduce(self, grads: list[Tensor]) -> list[Reducing]:
+        """Starts the sums of whole gradients, each over its bundle's axis."""
+        return [b.start_reduce(g) for b, g in zip(self.bundles, self._shared_out(grads))]
+
+    def finish_reduce(self, pending: list[Reducing]) -> list[Tensor]:
+        """Waits for the sums and cuts them into this rank's parts, in ``reduce_dtype``."""
+        return self._joined([b.finish_reduce(p) for b, p in zip(self.bundles, pending)])
+
+    def _shared_out(self, leaves: list[Tensor]) -> list[list[Tensor]]:
+        return [[leaves[i] for i in places] for places in self.places]
+
+    def _joined(self, lists: list[list[Tensor]]) -> list[Tensor]:
+        found = {i: x for places, xs in zip(self.places, lists) for i, x in zip(places, xs, strict=True)}
+        return [found[i] for i in range(len(found))]
+
+
 def free_(whole: Whole) -> None:
     """Gives the memory of whole leaves back; tensors that autograd saved keep pointing at the empty storage."""
-    whole.flat.untyped_storage().resize_(0)
+    for flat in whole.flats:
+        flat.untyped_storage().resize_(0)
 
 
 def refill_room_(whole: Whole) -> None:
     """Takes the memory of freed whole leaves again, with undefined content."""
-    whole.flat.untyped_storage().resize_(whole.flat.numel() * whole.flat.element_size())
+    for flat in whole.flats:
+        flat.untyped_storage().resize_(flat.numel() * flat.element_size())

@@ -16,7 +16,7 @@ from torch import Tensor
 from odit import tree
 from odit.ops import Ops
 from odit.parallel import collectives
-from odit.parallel.bundle import Bundle, Gathering, Whole, free_
+from odit.parallel.bundle import Convoy, Gathering, Whole, free_
 
 Sink = Callable[[int, list[Tensor]], list[Tensor | None]]
 """Takes bundle i's summed gradients as they come (-1: outside the blocks) and returns those that stay on the device;
@@ -38,7 +38,7 @@ class Local:
 
     def finish(self, i: int, pending: None, shards: list[Tensor]) -> Whole:
         """The weights as they came."""
-        return Whole(shards[0], shards)
+        return Whole([], shards)
 
     def free(self, whole: Whole) -> None:
         """Keeps them."""
@@ -59,18 +59,18 @@ class Sharded:
     ``held`` are whole working weights a block (stage 2), or None: gathered block by block and freed (stage 3).
     """
 
-    bundles: tuple[Bundle, ...]
+    bundles: tuple[Convoy, ...]
     held: tuple[Whole, ...] | None
     sink: Sink | None = None
 
-    def start(self, i: int, shards: list[Tensor], into: Whole | None = None) -> Gathering | None:
+    def start(self, i: int, shards: list[Tensor], into: Whole | None = None) -> list[Gathering] | None:
         """Starts block i's gather, into the storage of ``into`` where given."""
         if self.held is not None:
             return None
         collectives.mark(f"gather {i}")
         return self.bundles[i].start_gather(shards, into)
 
-    def finish(self, i: int, pending: Gathering | None, shards: list[Tensor]) -> Whole:
+    def finish(self, i: int, pending: list[Gathering] | None, shards: list[Tensor]) -> Whole:
         """Block i's whole weights."""
         return self.held[i] if self.held is not None else self.bundles[i].finish_gather(pending, shards)
 
@@ -209,7 +209,7 @@ class _Kept(NamedTuple):
             ]
             leaves = [leaf.detach().requires_grad_() for leaf in whole.leaves]
             y = block(tree.unflatten(params, leaves), x, *args.nest(tensors))
-        return _Kept(True, x, tensors, Whole(whole.flat, leaves), y)
+        return _Kept(True, x, tensors, Whole(whole.flats, leaves), y)
 
     @staticmethod
     def run_without_graph(block, params, whole: Whole, args: _Args, x: Tensor, tensors: list[Tensor], needs) -> _Kept:

@@ -128,15 +128,13 @@ class Offload:
 
         return take
 
-    def squared_norm(self) -> tuple[float, float]:
-        """Sums of squares of host gradients of split and of whole leaves, once all have arrived."""
+    def squared_norm(self) -> float:
+        """Sum of squares of the host gradients that this rank owns, once all have arrived."""
         for job in self.jobs:
             job.result()
         self.jobs.clear()
-        sums = [0.0, 0.0]
-        for n, square in sorted(self.squares.items()):
-            sums[self.specs[n].dim is None] += square
-        return sums[0], sums[1]
+        rank = self.layout.axis.rank
+        return sum(square for n, square in sorted(self.squares.items()) if self.specs[n].owns(rank))
 
     def first_bad(self) -> str | None:
         """Path of the first host leaf whose gradient is not finite."""

@@ -8,6 +8,9 @@ The schedule of one micro-batch by stage (Rajbhandari et al. 2020), over all ran
   3     block i's weights are gathered while block i-1 runs, freed after it, and gathered again in backward, block i-1's
         while block i runs backward; gradients as in 2. What is outside the blocks is gathered once a step.
 
+A leaf that a strategy has claimed over sp is stored and used as this rank's share of it; then "whole" above is the
+share, and the ranks with the same numbers are those along dp: its gathers and reductions run beside the others'.
+
 ``bundle`` knows the flat buffer in which a block's leaves travel together, ``layers`` walks the blocks; here stand the
 leaves outside them, and ``Layout``, which says for a stage what is held, gathered and reduced when.
 """
@@ -25,16 +28,17 @@ from torch import Tensor
 from odit import optim, tree
 from odit.ops import Ops
 from odit.parallel import collectives, spec
-from odit.parallel.bundle import Bundle, Whole
+from odit.parallel.bundle import Bundle, Convoy, Whole
 from odit.parallel.layers import Local, Sharded, Sink, deliver, run_layers
-from odit.parallel.mesh import Axis
+from odit.parallel.mesh import Axis, Mesh
+from odit.parallel.spec import Spec
 
 
 class Materialize(torch.autograd.Function):
     """Shards -> whole leaves. Backward sums the partial gradients over ranks: split leaves get their part."""
 
     @staticmethod
-    def forward(bundle: Bundle, held: Whole | None, sink: Sink | None, *shards: Tensor) -> tuple[Tensor, ...]:
+    def forward(bundle: Convoy, held: Whole | None, sink: Sink | None, *shards: Tensor) -> tuple[Tensor, ...]:
         whole = bundle.gather(list(shards)) if held is None else held
         return tuple(leaf.detach() for leaf in whole.leaves)
 
@@ -48,7 +52,7 @@ class Materialize(torch.autograd.Function):
         return None, None, None, *deliver(ctx.sink, -1, summed, ctx.dtypes)
 
 
-def materialize(bundle: Bundle, shards: tree.Tree, held: Whole | None = None, sink: Sink | None = None) -> tree.Tree:
+def materialize(bundle: Convoy, shards: tree.Tree, held: Whole | None = None, sink: Sink | None = None) -> tree.Tree:
     """The whole leaves of a tree of shards, in the working dtype; ``held`` are whole leaves gathered before.
 
     Forward: cast, all-gather (or nothing, with ``held``). Backward: reduce-scatter, all-reduce for unsplit leaves.
@@ -60,11 +64,13 @@ def materialize(bundle: Bundle, shards: tree.Tree, held: Whole | None = None, si
 class Layout:
     """How one model's state is stored and used at a stage: what ``plan`` makes and ``train`` calls.
 
-    Masters, moments and EMA are trees like the declaration, each leaf this rank's part.
+    Masters, moments and EMA are trees like the declaration, each leaf this rank's part. ``axis`` has all ranks, ``dp``
+    those that see the same share of a claimed leaf.
     """
 
     stage: int
     axis: Axis
+    dp: Axis
     declared: tree.Tree
     specs: tree.Tree
     dtype: torch.dtype
@@ -73,23 +79,34 @@ class Layout:
     device: torch.device
 
     @functools.cached_property
-    def outer(self) -> Bundle:
-        """The bundle of all that is outside the blocks."""
+    def outer(self) -> Convoy:
+        """The bundles of all that is outside the blocks."""
         return self._bundle(lambda t: _without(t, BLOCKS))
 
     @functools.cached_property
-    def inner(self) -> tuple[Bundle, ...]:
-        """A bundle a block."""
+    def inner(self) -> tuple[Convoy, ...]:
+        """The bundles of each block."""
         return tuple(self._bundle(lambda t, i=i: t[BLOCKS][i]) for i in range(len(self.declared[BLOCKS])))
 
     @functools.cached_property
     def _side(self) -> Any:
         return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def _bundle(self, pick: Callable) -> Bundle:
-        shapes = tuple(p.shape for p in tree.leaves(pick(self.declared)))
-        specs = tuple(tree.leaves(pick(self.specs)))
-        return Bundle(shapes, specs, self.axis, self.dtype, self.reduce_dtype, self.device, self._side)
+    def _bundle(self, pick: Callable) -> Convoy:
+        declared, specs = (tree.leaves(pick(t)) for t in (self.declared, self.specs))
+
+        def over(axis: Axis, places: tuple[int, ...]) -> Bundle:
+            shapes = tuple(specs[i].share_shape(declared[i].shape) for i in places)
+            within = tuple(specs[i].within for i in places)
+            return Bundle(shapes, within, axis, self.dtype, self.reduce_dtype, self.device, self._side)
+
+        sums = self._sums(specs)
+        return Convoy(tuple(over(*s) for s in sums), tuple(places for _, places in sums))
+
+    def _sums(self, specs: list[Spec]) -> list[tuple[Axis, tuple[int, ...]]]:
+        """Over which axis the gradients of which leaves are summed: of shares over dp, of the others over all ranks."""
+        places = [tuple(i for i, s in enumerate(specs) if (s.claimed is None) == free) for free in (True, False)]
+        return [(axis, found) for axis, found in zip((self.axis, self.dp), places) if found]
 
     def hold(self, shards: tree.Tree) -> Held:
         """The working weights that stand for a whole step: all (stages 0 to 2) or those outside the blocks (3)."""
@@ -128,23 +145,23 @@ class Layout:
         return summed
 
     def _all_reduce(self, grads: tree.Tree, specs: tree.Tree) -> tree.Tree:
-        leaves = tree.leaves(grads)
-        flat = torch.cat([g.reshape(-1).to(self.reduce_dtype) for g in leaves])
-        collectives.all_reduce_(flat, self.axis)
-        parts = flat.split([g.numel() for g in leaves])
-        wholes = tree.unflatten(grads, [part.view(g.shape).to(g.dtype) for part, g in zip(parts, leaves)])
-        return tree.map(lambda whole, s: s.take(whole, self.axis.rank).contiguous(), wholes, specs)
+        leaves, found = tree.leaves(grads), tree.leaves(specs)
+        for axis, places in self._sums(found):
+            flat = torch.cat([leaves[i].reshape(-1).to(self.reduce_dtype) for i in places])
+            collectives.all_reduce_(flat, axis)
+            for i, summed in zip(places, flat.split([leaves[i].numel() for i in places])):
+                summed = summed.view(leaves[i].shape).to(leaves[i].dtype)
+                leaves[i] = found[i].part(summed, self.axis.rank).contiguous()
+        return tree.unflatten(grads, leaves)
 
-    def squared_norm(self, grads: tree.Tree) -> tuple[Tensor, Tensor]:
-        """Sums of squares of this rank's parts of split leaves, to be summed over ranks, and of whole leaves.
+    def squared_norm(self, grads: tree.Tree) -> Tensor:
+        """Sum of squares of the parts that this rank owns; summed over ranks, every element counts once.
 
         A gradient that is None (offloaded) is not counted.
         """
-        found = [(g, s) for g, s in zip(tree.leaves(grads), tree.leaves(self.specs)) if g is not None]
-        parts = [[g for g, s in found if (s.dim is None) == kept] for kept in (False, True)]
-        zero = torch.zeros((), device=self.device)
-        split, whole = (optim.squared_norm(p) if p else zero for p in parts)
-        return split, whole
+        rank = self.axis.rank
+        mine = [g for g, s in zip(tree.leaves(grads), tree.leaves(self.specs)) if g is not None and s.owns(rank)]
+        return optim.squared_norm(mine) if mine else torch.zeros((), device=self.device)
 
 
 class Held(NamedTuple):
@@ -161,15 +178,16 @@ BLOCKS = "blocks"
 def layout(
     declared: tree.Tree,
     stage: int,
-    axis: Axis,
+    mesh: Mesh,
     dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     device: torch.device,
     remat: bool = False,
+    claimed: str = "",
 ) -> Layout:
-    """The layout of a declared model at a stage, computed on ``device``."""
-    found = spec.specs(declared, axis.size, split=stage > 0)
-    return Layout(stage, axis, declared, found, dtype, reduce_dtype, remat, device)
+    """The layout of a declared model at a stage, computed on ``device``; ``claimed``: letters of dims cut over sp."""
+    found = spec.specs(declared, mesh.all.size, stage > 0, mesh.sp.size, claimed)
+    return Layout(stage, mesh.all, mesh.dp, declared, found, dtype, reduce_dtype, remat, device)
 
 
 def _without(t: dict, name: str) -> dict:
