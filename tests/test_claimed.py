@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from test_zero import KEY, RUN
 from odit import checkpoint, config, data, memory, ops, param, plan, random, train, tree
 from odit.data import loader
 from odit.models import dit
-from odit.parallel import collectives, offload, spec
+from odit.parallel import bundle, collectives, offload, spec
 from odit.parallel.mesh import Axis, single
 
 MODELS = {
@@ -310,6 +311,37 @@ def received_on(mesh, run):
         train.gradients(composed, params, batch, KEY)
     names = {e.axis for e in events} & {"all", "dp"}
     return {name: sum(t.elements for t in collectives.totals(events, name).values()) for name in names}
+
+
+@MESHES
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_stage_3_has_two_blocks_shares_alive_at_most(ranks, dp, sp, remat):
+    declared = declared_of("both")["blocks"][0]
+    specs = spec.specs(declared, dp * sp, True, sp, CLAIMED)
+    block = 4 * sum(math.prod(s.share_shape(p.shape)) for p, s in zip(tree.leaves(declared), tree.leaves(specs)))
+    for most, left in ranks.run(dp * sp, alive_on, run_of("both", 3, remat), dp=dp, sp=sp):
+        assert block <= most <= 2 * block and left == 0
+
+
+def alive_on(mesh, run):
+    """Most bytes of gathered blocks whenever a gather has ended, and those after backward."""
+    composed, flats, most = composed_on(mesh, run, dtype=torch.float32), {}, []
+    params, (batch,) = train.init_state(composed, KEY).params, batches_of(mesh, 1)
+    held, finish = composed.layout.hold(params), bundle.Convoy.finish_gather
+
+    def now():
+        return sum(flat.untyped_storage().nbytes() for flat in flats.values())
+
+    def finish_gather(convoy, pending, shards):
+        whole = finish(convoy, pending, shards)
+        flats.update((id(flat), flat) for flat in whole.flats)
+        most.append(now())
+        return whole
+
+    draws = train.draw(composed, batch.ids_B, (1, 8, 8), KEY)
+    with mock.patch.object(bundle.Convoy, "finish_gather", finish_gather):
+        train.part_gradients(composed, params, held, batch.x_BCHW, batch.y_B, draws)
+    return max(most), now()
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints and memory
