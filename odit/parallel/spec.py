@@ -9,7 +9,6 @@ divides and that is not claimed; where there is none, every one of these ranks s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -141,7 +140,7 @@ def draw(p: Param, path: str, key: random.Key, spec: Spec, axis: Axis) -> Tensor
     return part
 
 
-def _fill_(box: Tensor, init: Draw, key: random.Key, shape: Sequence[int], offsets: Sequence[int], first: int) -> None:
+def _fill_(box: Tensor, init: Draw, key: random.Key, shape: tuple, offsets: tuple, first: int) -> None:
     """Draws the box at ``offsets`` of a tensor of ``shape`` whose first element has the flat index ``first``."""
     row = math.prod(shape[1:])  # what hangs below one index of dim 0
     first += offsets[0] * row
