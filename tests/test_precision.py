@@ -145,7 +145,7 @@ def state_dtypes(state):
 def standing(held):
     """All tensors of the working weights that stand."""
     wholes = [held.outer, *(held.inner or ())]
-    return [*(tree.leaves(held.whole) if held.whole else []), *(t for w in wholes if w for t in (w.flat, *w.leaves))]
+    return [*(tree.leaves(held.whole) if held.whole else []), *(t for w in wholes if w for t in (*w.flats, *w.leaves))]
 
 
 @pytest.fixture(scope="module")
