@@ -130,7 +130,8 @@ def loss_and_gradients(mesh, model, shape, name, stage, remat=False):
     params = tree.map(lambda w, s: s.take(w, layout.axis.rank).clone(), redraw(case.declared), layout.specs)
     held = layout.hold(params)
     targets = tree.map(lambda p: p.detach().requires_grad_(), layout.targets(params, held))
-    working, ops = layout.view(targets, held, record_on(mesh, case, name))
+    record = record_on(mesh, case, name, claimed=claims(case, name, mesh.sp.size))
+    working, ops = layout.view(targets, held, record)
     each = BATCH // mesh.dp.size
     ids_B = torch.arange(mesh.dp.rank * each, (mesh.dp.rank + 1) * each)
     loss = case.run(working, ids_B, ops).sum() / BATCH / mesh.sp.size
@@ -141,7 +142,16 @@ def loss_and_gradients(mesh, model, shape, name, stage, remat=False):
 
 def layout_on(mesh, case, name, stage, remat=False):
     f64 = torch.float64
-    return zero.layout(case.declared, stage, mesh.all, f64, f64, torch.device("cpu"), remat)
+    claimed = claims(case, name, mesh.sp.size)
+    return zero.layout(case.declared, stage, mesh, f64, f64, torch.device("cpu"), remat, claimed)
+
+
+def claims(case, name, sp):
+    """The letters that a strategy claims and sp divides; the ffn is what the model declares."""
+    if name not in sequence.STRATEGIES:
+        return ""
+    sizes = {letter: size for p in tree.leaves(case.declared) for letter, size in zip(p.dims, p.shape)}
+    return "".join(letter for letter in sequence.STRATEGIES[name].claims if sizes[letter] % sp == 0)
 
 
 @functools.cache
