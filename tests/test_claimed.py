@@ -1,8 +1,4 @@
-"""Weights stored split over sp on claimed dims, beside ZeRO: what a rank draws, holds, sums, saves and counts.
-
-The strategy is a small one of Megatron's kind (Korthikanti et al. 2022): a rank computes its heads and its part of the
-ffn for all tokens, and everything else for its tokens.
-"""
+"""Weights stored split over sp on claimed dims, beside ZeRO: what a rank draws, holds, sums, saves and counts."""
 
 import collections
 import dataclasses
@@ -16,7 +12,7 @@ import torch
 from conftest import redraw
 from test_zero import KEY, RUN
 
-from odit import checkpoint, config, data, memory, ops, param, plan, random, train, tree
+from odit import checkpoint, config, data, memory, param, plan, random, train, tree
 from odit.data import loader
 from odit.models import dit
 from odit.parallel import bundle, collectives, offload, spec
@@ -29,40 +25,9 @@ MODELS = {
     "some": dit.Config(width=20, depth=2, heads=5, patch=2, mlp_ratio=3.5, qk_norm=True),
 }
 CLAIMED = "HF"
-NUM_TOKENS = 16  # which 3 ranks share unevenly
 MESHES = pytest.mark.parametrize("dp, sp", [(1, 2), (1, 3), (2, 2)], scope="session")
 EVERY_MODEL = pytest.mark.parametrize("model", MODELS)
 STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
-
-
-def megatron(cfg, sp):
-    """The strategy's record; where sp does not divide heads or ffn the leaf is whole here, and a rank uses a slice."""
-    sizes = collectives.shares(NUM_TOKENS, sp.size)
-
-    def mine(w, dim, size):
-        return collectives.take(w, sp, dim) if w.shape[dim] == size else w
-
-    def enter(x_BLD, *tables):
-        return collectives.take(x_BLD, sp, 1, sizes), tables
-
-    def whole(x_BlD):
-        return collectives.all_gather(x_BlD, sp, 1, sizes)
-
-    def own(x_BLD):
-        return collectives.reduce_scatter(x_BLD, sp, 1, sizes)
-
-    def qkv(h_BlD, p, tables):
-        return ops.qkv(whole(h_BlD), p | {name: mine(p[name], 1, cfg.heads) for name in ("w", "b")}, tables)
-
-    def out(o_BLhK, p):
-        return own(o_BLhK.flatten(2) @ mine(p["w"], 1, cfg.heads).flatten(1).T) + p["b"]
-
-    def mlp(h_BlD, p):
-        fc1 = {name: mine(w, 0, cfg.ffn) for name, w in p["fc1"].items()}
-        hidden_BLf = torch.nn.functional.gelu(ops.linear(whole(h_BlD), fc1), approximate="tanh")
-        return own(hidden_BLf @ mine(p["fc2"]["w"], 1, cfg.ffn).T) + p["fc2"]["b"]
-
-    return ops.Ops(enter=enter, qkv=qkv, out=out, mlp=mlp, leave=whole)
 
 
 def run_of(model, stage, remat="none", moved="none", **changes):
@@ -82,11 +47,12 @@ def batches_of(mesh, num):
 
 
 def composed_on(mesh, run, claimed=CLAIMED, dtype=torch.float64):
-    """The plan of a mesh whose sp ranks share tokens by the strategy above; one rank has the plain record."""
-    composed = dataclasses.replace(plan.make(run, dataset()), mesh=mesh, dtype=dtype)
-    if mesh.sp.size == 1:
-        return composed
-    return dataclasses.replace(composed, claimed=claimed, ops=megatron(run.model, mesh.sp))
+    """The plan of a mesh whose sp ranks are megatron's; one that claims less slices the whole weights it then has."""
+    strategy = "megatron" if mesh.sp.size > 1 else "auto"
+    layout = dataclasses.replace(run.parallel, sp=mesh.sp.size, sequence=strategy)
+    composed = plan.make(dataclasses.replace(run, parallel=layout), dataset(), mesh)
+    kept = "".join(letter for letter in composed.claimed if letter in claimed)
+    return dataclasses.replace(composed, dtype=dtype, claimed=kept)
 
 
 def declared_of(model):
@@ -432,7 +398,7 @@ def test_the_plan_of_memory_counts_shares():
     )
     found = {}
     for stage, claimed in itertools.product((0, 3), ("", CLAIMED)):
-        composed = dataclasses.replace(plan.make(run_of("both", stage), dataset()), mesh=two, claimed=claimed)
+        composed = composed_on(two, run_of("both", stage), claimed, torch.float32)
         specs = tree.leaves(composed.layout.specs)
         num = sum(math.prod(s.local_shape(p.shape)) for p, s in zip(tree.leaves(composed.declared), specs))
         found[stage, claimed] = memory.predict(composed)

@@ -31,7 +31,6 @@ def build(ops: Ops, place: Place) -> Ops:
     axis, tokens, heads = place.axis, place.tokens, place.head_shares
     ring = _Ring(ops, place)
 
-    @torch.compiler.disable
     def qkv(h_BlD: Tensor, p: dict, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         mine = some_heads(p, place)
         return _Qkv.apply(ring, mine, tables, h_BlD, *tree.leaves(mine))

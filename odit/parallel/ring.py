@@ -34,7 +34,6 @@ def around(ops: Ops, axis: Axis, tokens: Sizes) -> Callable:
         return ops.attend
     ring = _Ring(ops, axis, tokens)
 
-    @torch.compiler.disable
     def attend(q_BlHK: Tensor, k_BlHK: Tensor, v_BlHK: Tensor) -> Tensor:
         return _Attend.apply(ring, q_BlHK, k_BlHK, v_BlHK)
 
