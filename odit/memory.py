@@ -34,7 +34,7 @@ class Memory(NamedTuple):
 
 def predict(plan: Plan) -> Memory:
     """Weighs a step of ``plan`` as this rank of its mesh would run it; offload auto counts with all on the host."""
-    kernels, objective = _flash_on_meta(plan.kernels), _on_meta(plan.objective)
+    kernels, objective = flash_on_meta(plan.kernels), _on_meta(plan.objective)
     fake = dataclasses.replace(plan, device=META, objective=objective, kernels=kernels, compiled=False)
     layout = fake.layout
     offloads = plan.run.parallel.offload != "none"
@@ -143,7 +143,7 @@ def _on_meta(objective: Any) -> Any:
     return objective.to(META) if hasattr(objective, "to") else objective
 
 
-def _flash_on_meta(record: ops.Ops) -> ops.Ops:
+def flash_on_meta(record: ops.Ops) -> ops.Ops:
     """PyTorch's attention would take its plain form on meta tensors and keep all scores; flash keeps none."""
 
     def attend(q, k, v):

@@ -207,3 +207,8 @@ class Ops:
     mlp: Callable = mlp
     leave: Callable = leave
     switch: Callable = switch
+
+
+def flash() -> Ops:
+    """The reference with PyTorch's flash attention."""
+    return Ops(attend=attend_sdpa, attend_lse=attend_lse_flash, attend_grad=attend_grad_flash)

@@ -17,7 +17,7 @@ from odit.config import Parallel, Run, Sampling
 from odit.diffusion import solvers
 from odit.diffusion.flow import Flow
 from odit.models import dit
-from odit.ops import Ops, attend_grad_flash, attend_lse_flash, attend_sdpa
+from odit.ops import Ops, flash
 from odit.parallel import sequence, zero
 from odit.parallel.mesh import Mesh, check_mesh, single
 from odit.parallel.place import Place
@@ -318,7 +318,7 @@ def compose(run: Run, shape: dit.Shape, mesh: Mesh | None = None) -> Plan:
         notes.append("guidance: none (the data has no classes)")
     kernels = Ops()
     if run.kernels == "auto" and device.type == "cuda":
-        kernels = Ops(attend=attend_sdpa, attend_lse=attend_lse_flash, attend_grad=attend_grad_flash)
+        kernels = flash()
         notes.append("kernels: PyTorch's attention (auto on a GPU), the rest reference")
     elif run.kernels == "auto":
         notes.append("kernels: reference (auto on a CPU)")

@@ -43,7 +43,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 def build(name: str, ops: Ops, place: Place) -> Ops:
     """The record under a strategy of the table; an axis of one rank leaves it as it is."""
-    return ops if place.axis.size == 1 else STRATEGIES[name].build(ops, place)
+    return ops if name == "none" or place.axis.size == 1 else STRATEGIES[name].build(ops, place)
 
 
 def inner_degree(name: str, sp: int, heads: int, asked: int | None) -> int:
