@@ -17,7 +17,7 @@ from odit import tree
 from odit.ops import Ops
 
 BACKEND: Any = "inductor"
-EAGER = ("odit.parallel",)  # packages whose code ends a graph: what passes between ranks is not compiled
+EAGER = ("odit.parallel", "odit.tree")  # code that ends a graph: what passes between ranks, and what it calls
 
 
 def compiled(ops: Ops) -> Ops:

@@ -1,0 +1,189 @@
+"""Sequence strategies in whole runs: training, sampling, memory, compiled blocks, checkpoints."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import redraw
+from test_compile import GRAPHS, SECONDS, compiling_by, counted
+from test_zero import KEY, eight_steps, fp64_plan, fp64_state, with_
+
+from odit import config, data, memory, ops, plan, random, sample, train, tree
+from odit.config import Guidance, Parallel, Sampling
+from odit.data import loader
+from odit.models import dit
+from odit.parallel import sequence
+from odit.parallel.mesh import Axis, single
+
+NAMES = [name for name, s in sequence.STRATEGIES.items() if not s.time_space]
+DIGITS = dataclasses.replace(config.presets()["digits"][1], device="cpu", threads=1, steps=8, evaluate=False)
+
+
+def sizes(name, sp, heads=4):
+    """What ``ranks.run`` needs for a strategy over ``sp`` ranks."""
+    return {"sp": sp, "ulysses": sequence.inner_degree(name, sp, heads, 2 if sp == 4 else None)}
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def digits_alone():
+    return eight_steps(single(), dataclasses.replace(config.presets()["digits"][1], steps=8, evaluate=False))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "auto"])
+@pytest.mark.parametrize("sp, stage", [(2, 2), (2, 3), (4, 2), (4, 3)])
+def test_digits_in_fp32_see_the_same_draws(ranks, digits_alone, name, sp, stage):
+    """Eight steps of the preset on four ranks: digests bit for bit, losses within 1e-5."""
+    inner = 2 if name == "usp" and sp == 4 else None
+    run = dataclasses.replace(DIGITS, parallel=Parallel(sp=sp, sequence=name, ulysses=inner, zero=stage))
+    for log in ranks.run(4, eight_steps, run, **sizes(name, sp)):
+        for (loss, word), (loss1, word1) in zip(log, digits_alone, strict=True):
+            assert word == word1 and abs(loss - loss1) <= 1e-5
+
+
+@pytest.mark.parametrize("how", ["remat", "offload"])
+@pytest.mark.parametrize("name", NAMES)
+def test_remat_and_offload_change_nothing(ranks, digits_alone, name, how):
+    options = {"remat": "block"} if how == "remat" else {"offload": "optimizer"}
+    run = dataclasses.replace(DIGITS, micro_batch=24, parallel=Parallel(sp=2, sequence=name, zero=3, **options))
+    for log in ranks.run(4, eight_steps, run, **sizes(name, 2)):
+        for (loss, word), (loss1, word1) in zip(log, digits_alone, strict=True):
+            assert word == word1 and abs(loss - loss1) <= 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+DRAWN = dataclasses.replace(
+    DIGITS,
+    model=dit.Config(width=24, depth=2, heads=4, patch=2),
+    sampling=Sampling(solver="sde", steps=3, guidance=Guidance(scale=2.0)),
+)
+
+
+def pictures_on(mesh, name="auto", cfg=1, stage=0, batch=4, ulysses=None):
+    layout = Parallel(sp=mesh.sp.size, sequence=name, cfg=cfg, zero=stage, ulysses=ulysses)
+    run = dataclasses.replace(DRAWN, global_batch=12, parallel=layout)
+    composed = plan.make(run, data.open_dataset(run.data), mesh)
+    whole = redraw(composed.declared, dtype=torch.float32)
+    params = tree.map(lambda w, s: s.take(w, mesh.all.rank).clone(), whole, composed.layout.specs)
+    start, normal, key = {}, random.normal, random.fold_in(random.key(3), "sample")
+
+    def noted(used, shape, ids=None):
+        found = normal(used, shape, ids)
+        if used == key:
+            start.update(zip(ids.tolist(), found))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random, "normal", noted)
+        pictures = sample.sample(composed, params, sample.spread_labels(6, 10), random.key(3), batch=batch)
+    return pictures, start
+
+
+@pytest.fixture(scope="module")
+def drawn_alone():
+    return pictures_on(single())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("world, sp, stage", [(2, 2, 0), (4, 4, 3), (3, 3, 0), (4, 2, 3)])
+def test_pictures_are_those_of_one_rank(ranks, drawn_alone, name, world, sp, stage):
+    inner = 2 if name == "usp" and sp == 4 else None
+    found = ranks.run(world, pictures_on, name, 1, stage, 3, inner, **sizes(name, sp))
+    same_pictures(found, drawn_alone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_split_guidance_over_shared_tokens(ranks, drawn_alone, name):
+    found = ranks.run(4, pictures_on, name, 2, 3, **sizes(name, 2), cfg=2)
+    same_pictures(found, drawn_alone)
+
+
+def same_pictures(found, alone):
+    """Within 1e-5 in fp32; the noise they start from is bit-equal."""
+    for pictures, start in found:
+        assert torch.equal(pictures, found[0][0]) and (pictures - alone[0]).abs().max() <= 1e-5
+        assert start and all(torch.equal(x, alone[1][i]) for i, x in start.items())
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def kept_bytes(name, sp):
+    """Bytes that a forward pass of DiT-XL on 4096 tokens in bf16 leaves for backward on rank 0."""
+    size = sequence.inner_degree(name, sp, 16, 2 if sp == 4 else None)
+    counts = {"sp": sp, "all": sp, "ulysses": size, "ring": sp // size}
+    axes = {axis: Axis(axis, n, 0, None, tuple(range(n))) for axis, n in counts.items()}
+    mesh = dataclasses.replace(single(), world=sp, **axes)
+    run = dataclasses.replace(config.presets()["dit-xl-2"][1], precision="bf16", global_batch=4)
+    images = dataclasses.replace(run.data, image_size=128)
+    inner = size if name == "usp" and sp > 1 else None
+    layout = Parallel(sp=sp, sequence=name if sp > 1 else "none", ulysses=inner)
+    run = dataclasses.replace(run, data=images, parallel=layout)
+    composed = plan.make(run, data.open_dataset(run.data), mesh)
+    kernels, objective = memory.flash_on_meta(ops.flash()), composed.objective.to("meta")
+    composed = dataclasses.replace(composed, device=memory.META, kernels=kernels, objective=objective)
+    specs = composed.layout.specs
+    shapes = tree.map(lambda p, s: torch.empty(s.local_shape(p.shape), device="meta"), composed.declared, specs)
+    held = composed.layout.hold(shapes)
+    targets = tree.map(lambda p: p.detach().requires_grad_(), composed.layout.targets(shapes, held))
+    x, ids = torch.empty(4, 4, 128, 128, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+    draws = train.draw(composed, ids, (4, 128, 128), KEY)
+    with memory.Weigh([x, ids, *draws, *tree.leaves(targets)]) as weigh:
+        loss = train.losses(composed, *composed.view(targets, held), x, ids, draws)
+        assert loss.requires_grad
+        return weigh.now()
+
+
+MOST = {"ulysses": 0.27, "ring": 0.27, "usp": 0.27, "fastseq": 0.3, "megatron": 0.32}
+
+
+@pytest.mark.parametrize("name, most", MOST.items())
+def test_four_ranks_keep_a_quarter_of_the_activations(name, most):
+    """Beside a quarter of what one rank keeps: attention's output on both sides of its all-to-all (M / n elements a
+    block), the tokens that fastseq has gathered (M (n - 1) / n), and twice these for megatron."""
+    alone, four = kept_bytes(name, 1), kept_bytes(name, 4)
+    assert four <= most * alone
+    size, n = 28 * 4 * 4096 * 1152 * 2, 4
+    more = {"ulysses": 1 / n, "usp": 1 / n, "ring": 0, "fastseq": 1, "megatron": 2 * (n - 1) / n}[name] * size
+    assert four == pytest.approx(alone / n + more, rel=0.005)
+
+
+# ------------------------------------------------------------------------------------------------------------- compiled
+
+
+def compiled_steps(mesh, name, sp, stage, ulysses):
+    """Loss and gradients in fp64 of eager and of compiled blocks, and how many graphs the first and the second of two
+    rounds of training and sampling made."""
+    run = with_(stage, micro=2, world=mesh.dp.size)
+    layout = dataclasses.replace(run.parallel, sp=sp, sequence=name, ulysses=ulysses)
+    model = dataclasses.replace(run.model, width=24, heads=4, depth=2)
+    composed, dataset = fp64_plan(dataclasses.replace(run, model=model, parallel=layout), mesh)
+    share = (mesh.dp.rank, mesh.dp.size)
+    (batch,) = loader.batches(dataset, KEY, global_batch=run.global_batch, stop=1, part=share)
+    params = fp64_state(composed).params
+    expected = train.gradients(composed, params, batch, KEY)
+    num = []
+    few = Sampling(steps=2, guidance=Guidance(scale=2.0))
+    with compiling_by(counted):
+        found = dataclasses.replace(composed, compiled=True)
+        for _ in range(2):
+            loss_B, grads, _ = train.gradients(found, params, batch, KEY)
+            sample.sample(found, params, torch.arange(4), KEY, sampling=few)
+            num.append(len(GRAPHS))
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(tree.leaves(grads), tree.leaves(expected[1]))]
+    return float((loss_B - expected[0]).norm() / expected[0].norm()), max(errors), num
+
+
+STRETCHES = {"ulysses": 3, "ring": 3, "usp": 3, "fastseq": 5, "megatron": 7}  # what lies between a block's collectives
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_blocks_equal_eager_ones(ranks, name):
+    """Every stretch between collectives is compiled once with gradients and once without, however often it runs."""
+    found = ranks.run(2, compiled_steps, name, 2, 3, None, **sizes(name, 2), timeout_s=SECONDS)
+    for loss, worst, (first, second) in found:
+        assert loss <= 1e-12 and worst <= 1e-11
+        assert (first, second) == (2 * STRETCHES[name],) * 2
