@@ -15,8 +15,8 @@ from conftest import redraw
 
 from odit import nn, random, tree
 from odit.models import dit, latte
-from odit.ops import Ops, linear
-from odit.parallel import collectives, sequence, zero
+from odit.ops import Ops, attend, attend_grad, attend_grad_flash, attend_lse, attend_lse_flash, linear
+from odit.parallel import collectives, ring, sequence, zero
 from odit.parallel.mesh import Axis, single
 from odit.parallel.place import Place
 
@@ -475,3 +475,42 @@ def test_fp8_does_not_depend_on_the_number_of_ranks(ranks):
     heads_two = two.unflatten(2, (2, 3, 2)).transpose(2, 3).flatten(3, 4)
     heads_four = four.unflatten(2, (4, 3, 1)).transpose(2, 3).flatten(3, 4)
     assert (heads_two - heads_four).norm() <= 1e-13 * heads_two.norm()
+
+
+# -------------------------------------------------------------------------------------------------- pieces of attention
+
+
+def pieces(attend_lse, attend_grad, dtype, device, head_size=72):
+    """Output, and gradients of q, k, v, of attention over 300 + 61 keys, in two pieces that are merged."""
+    q, k, v, do = (drawn(n, (361, 3, head_size), torch.arange(2)).to(device, dtype) for n in ("q", "k", "v", "do"))
+    q, do, o, lse, found = q[:, :200], do[:, :200], None, None, []
+    blocks = list(zip(k.split((300, 61), 1), v.split((300, 61), 1)))
+    for block in blocks:
+        o, lse = ring.merge(o, lse, *attend_lse(q, *block))
+    for block in blocks:
+        found.append(attend_grad(do, q, *block, o.to(dtype), lse))
+    dq, dk, dv = sum(f[0].double() for f in found), *(torch.cat([f[i] for f in found], 1) for i in (1, 2))
+    return [x.double().cpu() for x in (o, dq, dk, dv)]
+
+
+def whole_attention(head_size=72):
+    """The same by autograd through plain attention in fp64."""
+    q, k, v, do = (drawn(n, (361, 3, head_size), torch.arange(2)) for n in ("q", "k", "v", "do"))
+    q, k, v = q[:, :200].clone().requires_grad_(), k.requires_grad_(), v.requires_grad_()
+    o = attend(q, k, v)
+    return [o.detach(), *torch.autograd.grad(o, (q, k, v), do[:, :200])]
+
+
+def test_pieces_of_attention_make_the_whole():
+    for a, b in zip(pieces(attend_lse, attend_grad, torch.float64, "cpu"), whole_attention()):
+        assert (a - b).norm() <= 1e-14 * b.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_size", [64, 72])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float64, 1e-13)])
+def test_flash_pieces_on_a_gpu(dtype, tolerance, head_size):
+    """bf16 keeps 8 bits of each input, which alone is 2e-3; fp64 goes to the reference."""
+    found = pieces(attend_lse_flash, attend_grad_flash, dtype, "cuda", head_size)
+    for a, b in zip(found, whole_attention(head_size)):
+        assert (a - b).norm() <= tolerance * b.norm()
