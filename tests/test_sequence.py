@@ -102,7 +102,12 @@ def time_space(length, heads):
 
 
 def drawn(name, shape, ids_B):
-    return random.normal(random.fold_in(KEY, name), shape, ids_B).double()
+    return _drawn(name, shape, tuple(ids_B.tolist()))
+
+
+@functools.lru_cache(maxsize=64)  # draws are most of a small case's time
+def _drawn(name, shape, ids):
+    return random.normal(random.fold_in(KEY, name), shape, torch.tensor(ids)).double()
 
 
 MODELS = {"image": image_dit, "video": video_dit, "own": own, "time x space": time_space}
@@ -112,6 +117,11 @@ SHAPES = {"64 tokens": (64, 4), "61 tokens": (61, 4), "6 heads": (64, 6)}
 @functools.cache
 def case_of(model, shape):
     return MODELS[model](*SHAPES[shape])
+
+
+@functools.cache
+def weights_of(model, shape):
+    return redraw(case_of(model, shape).declared)
 
 
 MESHES = {"1x2": (1, 2), "1x3": (1, 3), "1x4": (1, 4), "2x2": (2, 2), "2x3": (2, 3)}
@@ -127,7 +137,8 @@ def loss_and_gradients(mesh, model, shape, name, stage, remat=False):
     """The loss, and this rank's parts of every gradient, of a batch that dp shares and whose tokens sp shares."""
     case = case_of(model, shape)
     layout = layout_on(mesh, case, name, stage, remat)
-    params = tree.map(lambda w, s: s.take(w, layout.axis.rank).clone(), redraw(case.declared), layout.specs)
+    whole = weights_of(model, shape)
+    params = tree.map(lambda w, s: s.take(w, layout.axis.rank).clone(), whole, layout.specs)
     held = layout.hold(params)
     targets = tree.map(lambda p: p.detach().requires_grad_(), layout.targets(params, held))
     record = record_on(mesh, case, name, claimed=claims(case, name, mesh.sp.size))
@@ -197,9 +208,7 @@ TIME_SPACE = [
 
 def on_mesh(ranks, mesh, name, heads, fn, *args):
     dp, sp = MESHES[mesh]
-    ulysses = sequence.inner_degree(sp, heads) if name == "usp" else 1
-    if name == "usp" and ulysses == sp and sp == 4:
-        ulysses = 2
+    ulysses = sequence.inner_degree(name, sp, heads, 2 if sp == 4 else None)
     return ranks.run(dp * sp, fn, *args, sp=sp, ulysses=ulysses)
 
 
