@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import redraw
-from test_zero import KEY, RUN
+from test_zero import KEY, RUN, weights_of
 
 from odit import checkpoint, config, data, memory, param, plan, random, train, tree
 from odit.data import loader
@@ -186,7 +186,7 @@ def seen_on(mesh, run):
         blocks.append(tree.map(torch.clone, p))
         return x
 
-    params = parts_of(redraw(composed.declared), layout.specs, mesh.rank)
+    params = parts_of(weights_of(composed.run.model, composed.shape), layout.specs, mesh.rank)
     with torch.no_grad():
         held = layout.hold(params)
         seen, record = layout.view(layout.targets(params, held), held, composed.ops)
@@ -226,7 +226,7 @@ def one_rank():
 def two_steps(mesh, run):
     """Loss, global norm and this rank's gradients of the first batch, and its state after two steps of them."""
     composed = composed_on(mesh, run)
-    params = parts_of(redraw(composed.declared), composed.layout.specs, mesh.rank)
+    params = parts_of(weights_of(composed.run.model, composed.shape), composed.layout.specs, mesh.rank)
     state = train.TrainState(
         0, params, train.optimizer(composed).init(params), tree.map(torch.clone, params), train.LossScale(1.0, 0)
     )

@@ -35,10 +35,15 @@ def fp64_plan(run, mesh=None):
     return dataclasses.replace(plan.make(run, dataset, mesh), dtype=torch.float64), dataset
 
 
+@functools.lru_cache(maxsize=8)
+def weights_of(model, shape):
+    """Drawn once a process: draws are much of a small case's time."""
+    return redraw(dit.declare(model, shape))
+
+
 def fp64_state(composed):
     """A state whose weights, biases included, are drawn, cut into this rank's parts."""
-    axis = composed.layout.axis
-    whole = redraw(composed.declared)
+    axis, whole = composed.layout.axis, weights_of(composed.run.model, composed.shape)
     params = tree.map(lambda w, s: s.take(w, axis.rank).clone(), whole, composed.layout.specs)
     ema = tree.map(torch.clone, params)
     return train.TrainState(0, params, train.optimizer(composed).init(params), ema, train.LossScale(1.0, 0))
