@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from conftest import redraw
 from test_ranks_inference import composed_on
 from test_zero import KEY, RUN, assemble, fp64_plan, fp64_state, three_steps, with_
 from torch._dynamo.backends.debugging import aot_eager
@@ -16,9 +15,7 @@ from odit import compiling, memory, plan, random, sample, train, tree, validate
 from odit.config import Guidance, Sampling
 from odit.data import loader
 from odit.models import dit
-from odit.ops import Ops
-from odit.parallel import collectives, spec
-from odit.parallel.layers import Local, run_layers
+from odit.parallel import spec
 from odit.parallel.mesh import single
 
 WORLDS = pytest.mark.parametrize("world", [1, 2], scope="session")
@@ -175,72 +172,6 @@ def test_gradient_norms_a_sample_and_the_plan_of_memory_stay_eager(by_aot, make_
     assert validate.validate(eager, params, digits) == validate.validate(compiled, params, digits)
     assert memory.predict(eager) == memory.predict(compiled)
     assert not GRAPHS
-
-
-# ---------------------------------------------------------------------------------------- sites that talk to others
-
-MODEL = dit.Config(width=32, depth=3, heads=4, patch=2, qk_norm=True, positions="rotary")
-
-
-def swapping(ops, axis):
-    """Tokens are shared; attention swaps them for heads and back."""
-
-    def enter(x, *tables):
-        x, tables = ops.enter(x, *tables)
-        return collectives.take(x, axis, 1), tuple(collectives.take(t, axis, 0) for t in tables)
-
-    def attend(q, k, v):
-        q, k, v = (collectives.all_to_all(t, axis, 2, 1) for t in (q, k, v))
-        return collectives.all_to_all(ops.attend(q, k, v), axis, 1, 2)
-
-    def leave(x):
-        return collectives.all_gather(x, axis, 1)
-
-    return dataclasses.replace(ops, enter=enter, attend=attend, leave=leave)
-
-
-def loss_and_gradients(ops, parts, num):
-    params = tree.map(lambda p: p.requires_grad_(), redraw(dit.declare(MODEL, dit.Shape(1, 8, 10))))
-    x, t, y = given(num)
-    loss = (dit.forward(params, x, t, y, MODEL, ops) ** 2).sum() / parts
-    return loss.detach(), torch.autograd.grad(loss, tree.leaves(params))
-
-
-def given(num):
-    ids = torch.arange(num)
-    return random.normal(KEY, (1, 8, 8), ids).double(), random.uniform(KEY, (), ids).double(), ids % 10
-
-
-def swapped(mesh, remat):
-    """Loss and summed gradients, a prediction, and graphs after each of two passes with gradients and three without."""
-    with compiling_by(counted):
-        ops, counts = swapping(Ops(), mesh.sp), []
-        ops = compiling.compiled(run_layers(ops, Local(), True) if remat else ops)
-        for _ in range(2):
-            loss, grads = loss_and_gradients(ops, mesh.sp.size, 5)
-            counts.append(len(GRAPHS))
-        summed = [collectives.all_reduce(g, mesh.sp) for g in grads]
-        params = redraw(dit.declare(MODEL, dit.Shape(1, 8, 10)))
-        with torch.no_grad():
-            for num in (3, 8, 5):
-                prediction = dit.forward(params, *given(num), MODEL, ops)
-                counts.append(len(GRAPHS))
-        return loss * mesh.sp.size, summed, prediction, counts
-
-
-@pytest.mark.parametrize("world", [2], scope="session")
-@pytest.mark.parametrize("remat", [False, True])
-def test_what_passes_between_ranks_ends_a_graph(ranks, world, remat):
-    """Before, between (attention itself) and after the two exchanges: three stretches, each compiled once a kind."""
-    loss, grads = loss_and_gradients(Ops(), 1, 5)
-    with torch.no_grad():
-        plain = dit.forward(redraw(dit.declare(MODEL, dit.Shape(1, 8, 10))), *given(5), MODEL)
-    for found, summed, prediction, counts in ranks.run(world, swapped, remat, sp=2, timeout_s=SECONDS):
-        assert abs(found - loss) <= 1e-11 * abs(loss)
-        assert (prediction - plain).norm() <= 1e-11 * plain.norm()
-        for (path, g), one in zip(tree.items(dit.declare(MODEL, dit.Shape(1, 8, 10))), zip(summed, grads)):
-            assert (one[0] - one[1]).norm() <= 1e-11 * max(one[1].norm(), 1e-2), (path, g)
-        assert counts == ([6] * 5 if remat else [3, 3, 6, 6, 6]), counts
 
 
 # ------------------------------------------------------------------------------------------------------------- start-up

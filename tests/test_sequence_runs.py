@@ -154,11 +154,11 @@ def test_four_ranks_keep_a_quarter_of_the_activations(name, most):
 # ------------------------------------------------------------------------------------------------------------- compiled
 
 
-def compiled_steps(mesh, name, sp, stage, ulysses):
+def compiled_steps(mesh, name, remat):
     """Loss and gradients in fp64 of eager and of compiled blocks, and how many graphs the first and the second of two
     rounds of training and sampling made."""
-    run = with_(stage, micro=2, world=mesh.dp.size)
-    layout = dataclasses.replace(run.parallel, sp=sp, sequence=name, ulysses=ulysses)
+    run = with_(3, 2, remat, world=mesh.dp.size)
+    layout = dataclasses.replace(run.parallel, sp=2, sequence=name)
     model = dataclasses.replace(run.model, width=24, heads=4, depth=2)
     composed, dataset = fp64_plan(dataclasses.replace(run, model=model, parallel=layout), mesh)
     share = (mesh.dp.rank, mesh.dp.size)
@@ -180,10 +180,10 @@ def compiled_steps(mesh, name, sp, stage, ulysses):
 STRETCHES = {"ulysses": 3, "ring": 3, "usp": 3, "fastseq": 5, "megatron": 7}  # what lies between a block's collectives
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_compiled_blocks_equal_eager_ones(ranks, name):
+@pytest.mark.parametrize("name, remat", [*((name, "none") for name in NAMES), ("ulysses", "block")])
+def test_compiled_blocks_equal_eager_ones(ranks, name, remat):
     """Every stretch between collectives is compiled once with gradients and once without, however often it runs."""
-    found = ranks.run(2, compiled_steps, name, 2, 3, None, **sizes(name, 2), timeout_s=SECONDS)
+    found = ranks.run(2, compiled_steps, name, remat, **sizes(name, 2), timeout_s=SECONDS)
     for loss, worst, (first, second) in found:
         assert loss <= 1e-12 and worst <= 1e-11
         assert (first, second) == (2 * STRETCHES[name],) * 2
