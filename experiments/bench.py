@@ -222,6 +222,8 @@ def sequence(cfg: Sequence) -> None:
     if cfg.preset not in presets:
         raise ValueError(f"preset is {cfg.preset!r}: use one of {', '.join(presets)}")
     model = presets[cfg.preset][1].model
+    if odd := [length for length in cfg.lengths if length % cfg.frames]:
+        raise ValueError(f"frames {cfg.frames} do not divide lengths {odd[0]}: use --frames 1, or another length")
     for length in cfg.lengths:
         alone = measure_block(cfg, model, place_of(cfg, model, "none", length, 1), "none")
         alone_pair = measure_block(cfg, model, place_of(cfg, model, "dsp", length, 1), "dsp")

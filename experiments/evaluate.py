@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
@@ -43,11 +43,11 @@ class Evaluate:
     """Writes the figures to this JSON file too."""
     device: str = "auto"
     """'auto' takes a GPU where there is one."""
-    cfg: Literal[1, 2] = 1
+    cfg: Annotated[Literal[1, 2], tyro.conf.arg(name="parallel.cfg")] = 1
     """2 draws with the halves of a guidance pair on two ranks."""
-    sp: int = 1
+    sp: Annotated[int, tyro.conf.arg(name="parallel.sp")] = 1
     """Ranks that share a sample's tokens."""
-    sequence: Literal["auto", "none", "fastseq", "ulysses", "ring", "usp", "megatron", "dsp"] = "auto"
+    sequence: Annotated[config.Sequence, tyro.conf.arg(name="parallel.sequence")] = "auto"
     """How ranks share a sample's tokens."""
 
 
@@ -84,6 +84,8 @@ def main(args: Evaluate) -> None:
         mesh = meshes.make_mesh(world, rank, **plan.axes(run, world))
         meshes.warm_up(mesh)
         composed = plan.make(run, dataset, mesh)
+        if rank == 0 and composed.notes:
+            print(*composed.notes, sep="\n")
         params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
         found = evaluate.evaluate(
             composed, params, dataset, num=args.num, seed=args.seed,

@@ -1,7 +1,7 @@
 """Draws pictures: ``python experiments/sample.py --checkpoint runs/digits/ema.safetensors --out x.png --num 16``.
 
 Under ``torchrun --nproc_per_node 2 -- experiments/sample.py ...`` the ranks draw a share each, of the same pictures;
-with ``--cfg 2`` two of them the halves of a guidance pair.
+with ``--parallel.cfg 2`` two of them the halves of a guidance pair.
 Without its ``--`` torchrun takes --num for a short form of its own options.
 """
 
@@ -14,7 +14,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
@@ -59,11 +59,11 @@ class Sample:
     """Dtype of matrix products; the run's own unless given."""
     device: str = "auto"
     """'auto' takes a GPU where there is one."""
-    cfg: Literal[1, 2] = 1
+    cfg: Annotated[Literal[1, 2], tyro.conf.arg(name="parallel.cfg")] = 1
     """2 draws with the halves of a guidance pair on two ranks."""
-    sp: int = 1
+    sp: Annotated[int, tyro.conf.arg(name="parallel.sp")] = 1
     """Ranks that share a picture's tokens."""
-    sequence: Literal["auto", "none", "fastseq", "ulysses", "ring", "usp", "megatron", "dsp"] = "auto"
+    sequence: Annotated[config.Sequence, tyro.conf.arg(name="parallel.sequence")] = "auto"
     """How ranks share a picture's tokens."""
     compile: bool = False
     """Compiles the blocks."""
@@ -84,6 +84,8 @@ def main(args: Sample) -> None:
         mesh = meshes.make_mesh(world, rank, **plan.axes(run, world))
         meshes.warm_up(mesh)
         composed = plan.compose(run, shape, mesh)
+        if rank == 0 and composed.notes:
+            print(*composed.notes, sep="\n")
         labels = sample.choose_labels(args.num, composed.shape.num_classes, args.label)
         for path in filter(None, (args.out, args.tensors)):
             path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work

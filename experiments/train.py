@@ -166,12 +166,12 @@ def loop(composed, dataset, state, key, recorder, stop, watch) -> train.TrainSta
 
 
 def a_rank(composed: plan.Plan, speed: float) -> tuple[str, dict[str, float]]:
-    """A rank's share of the speed and its peak memory in words, with the range over ranks; and {"peak_gib": the most}.
+    """A rank's part of the speed and its peak memory in words, with the range over ranks; and {"peak_gib": the most}.
 
     Ranks step together, so that a slow one slows all: their speeds differ by little, their memory may differ by much.
     """
     mesh = composed.mesh
-    told = collectives.gather_objects(mesh.all, (speed / mesh.dp.size, peak_gib(composed.device)))
+    told = collectives.gather_objects(mesh.all, (speed / mesh.world, peak_gib(composed.device)))
     speeds, peaks = zip(*told)
     if mesh.world == 1:
         # in a CPU process of one rank the peak is mostly Python and libraries

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from odit import data, diffusion, optim
 from odit.models import dit
 
+Sequence = Literal["auto", "none", "fastseq", "ulysses", "ring", "usp", "megatron", "dsp"]
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -24,7 +26,7 @@ class Parallel:
     """Ranks that share a sample's tokens; the default is the fewest that leave a dp which divides the global batch."""
     zero: Literal[0, 1, 2, 3] = 0
     """What is split over ranks: 1 optimizer and EMA, 2 and gradients, 3 and parameters."""
-    sequence: Literal["auto", "none", "fastseq", "ulysses", "ring", "usp", "megatron", "dsp"] = "auto"
+    sequence: Sequence = "auto"
     """How ranks share a sample's tokens."""
     ulysses: int | None = None
     """Inner degree of usp: ranks that swap tokens for heads; the ring is the rest of sp. None is the most that fits."""
@@ -204,11 +206,12 @@ def presets() -> dict[str, tuple[str, Run]]:
     }
 
 
-# Settings that a resumed run may change: none of them changes what the run means.
+# Settings that a resumed run may change: none of them changes what the run means. (ring_fp8 rounds what is computed.)
 FREE = {
     *("out", "stop_at", "micro_batch", "resume", "init_from", "replay", "log_every", "checkpoint_every", "keep"),
     *("sample_every", "validate_every", "validation_draws", "grad_norms", "evaluate", "progress", "kernels", "compile"),
-    *("device", "threads", "sampling", "parallel", "data.workers", "data.path"),
+    *("device", "threads", "sampling", "data.workers", "data.path"),
+    *(f"parallel.{setting.name}" for setting in dataclasses.fields(Parallel) if setting.name != "ring_fp8"),
 }
 
 

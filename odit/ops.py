@@ -126,7 +126,8 @@ def attend_grad(
 
 
 def attend_lse_flash(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> tuple[Tensor, Tensor]:
-    """``attend_lse`` by PyTorch's flash kernel where that takes it (half precision, K a multiple of 8)."""
+    """``attend_lse`` by PyTorch's flash kernel where that takes it: half precision, K a multiple of 8 up
+    to 256, a GPU since Ampere."""
     if not _flash_takes(q_BLHK):
         return attend_lse(q_BLHK, k_BSHK, v_BSHK)
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BSHK, v_BSHK))
@@ -150,7 +151,8 @@ def attend_grad_flash(
 
 
 def _flash_takes(q: Tensor) -> bool:
-    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0
+    fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return fits and (not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (8, 0))
 
 
 def out(o_BLHK: Tensor, p: dict[str, Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from odit.diffusion import solvers
 from odit.diffusion.flow import Flow
 from odit.models import dit
 from odit.ops import Ops, flash
-from odit.parallel import sequence, zero
+from odit.parallel import collectives, sequence, zero
 from odit.parallel.mesh import Mesh, check_mesh, single
 from odit.parallel.place import Place
 from odit.parallel.spec import unsplit
@@ -129,10 +129,6 @@ def check(run: Run, shape: dit.Shape | None = None, world: int = 1) -> None:
     _check_served(run)
     dp, sp = divide(run, world)
     _check_share(run, dp)
-    if run.grad_norms and sp > 1:
-        raise ValueError(
-            f"grad_norms needs whole samples on a rank, which parallel.sp {sp} does not leave: use --parallel.sp 1"
-        )
     _check_offload(run)
     data.check(run.data)
     diffusion.check(run.diffusion)
@@ -141,8 +137,7 @@ def check(run: Run, shape: dit.Shape | None = None, world: int = 1) -> None:
     _check_pairs(run, shape)
     shape = shape or _expected_shape(run)
     dit.check(run.model, shape)
-    p, length = run.parallel, dit.num_tokens(run.model, shape)
-    sequence.check(p.sequence, sp, length, run.model.heads, 1, p.ulysses, p.ring_fp8)
+    _check_sequence(run, shape, sp, world)
     check_sampling(run.sampling, run.model, shape, objective)
     if run.evaluate and run.data.source == "digits" and run.data.held_out * 1797 < 1:
         raise ValueError(
@@ -165,6 +160,25 @@ def _check_numbers(run: Run) -> None:
         )
     if run.threads is not None and run.threads < 1:
         raise ValueError(f"threads is {run.threads}: use 1 or more")
+
+
+def _check_sequence(run: Run, shape: dit.Shape, sp: int, world: int) -> None:
+    p = run.parallel
+    try:
+        if run.grad_norms and sp > 1:
+            raise ValueError(
+                f"grad_norms needs whole samples on a rank, which parallel.sp {sp} does not leave: use --parallel.sp 1"
+            )
+        sequence.check(p.sequence, sp, dit.num_tokens(run.model, shape), 1, p.ulysses, p.ring_fp8)
+    except ValueError as error:
+        if sp == 1 or p.sp is not None or p.dp is not None:
+            raise
+        nearest = max(1, round(run.global_batch / world)) * world
+        told = str(error).split(": use")[0]
+        raise ValueError(
+            f"{told}; sp is {sp} because global_batch {run.global_batch} does not divide over {world} ranks: "
+            f"use --global-batch {nearest}"
+        ) from None
 
 
 def _check_share(run: Run, dp: int) -> None:
@@ -355,12 +369,14 @@ def _strategy(run: Run, shape: dit.Shape, mesh: Mesh, device: torch.device) -> t
     name, place = p.sequence, Place(mesh, dit.num_tokens(run.model, shape), run.model.heads)
     if name == "auto":
         batch = run.micro_batch or run.global_batch // mesh.dp.size
-        near = sp <= int(os.environ.get("LOCAL_WORLD_SIZE", sp))
+        near = int(os.environ.get("LOCAL_WORLD_SIZE", sp)) % sp == 0
         machine = sequence.GLOO if device.type == "cpu" else sequence.NVLINK if near else sequence.INFINIBAND
         size = DTYPES[run.precision].itemsize
         name, line = sequence.choose(place, batch, run.model.head_size, size, machine)
+        if mesh.all.group is not None:  # machines may hold unequally many ranks
+            name, line = collectives.broadcast_object(mesh.all, (name, line))
         notes.append(line)
-    if line := sequence.idle(name, sp, run.model.heads):
+    if line := sequence.idle(name, sp, run.model.heads, mesh.ulysses.size):
         notes.append(line)
     return name, notes
 

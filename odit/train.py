@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from odit import health, optim, random, tree
-from odit.data import Batch
+from odit.data import Batch, DataError
 from odit.ops import Ops
 from odit.parallel import collectives, offload, spec, zero
 from odit.plan import Plan
@@ -188,6 +188,7 @@ def agree(
     """(mean loss, global gradient norm, draw digest) over all ranks, by one small all-reduce; the same bits on each.
 
     What several ranks hold alike counts once, with what the first of them has; samples with the first rank along sp.
+    Raises DataError, on all ranks, where ranks that share samples saw different ones.
     """
     square = plan.layout.squared_norm(grads).double()
     if host is not None:
@@ -195,9 +196,15 @@ def agree(
     pieces = [(word >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]  # fp64 sums them exactly
     speaks = plan.mesh.sp.rank == 0
     loss = loss_B.double().sum() if speaks else torch.zeros((), dtype=torch.float64, device=plan.device)
-    words = torch.tensor(pieces if speaks else [0] * 4, dtype=torch.float64, device=plan.device)
-    told = torch.cat([torch.stack([loss, square]), words])
+    everybody = torch.tensor(pieces, dtype=torch.float64, device=plan.device)
+    told = torch.cat([torch.stack([loss, square]), everybody * speaks, everybody])
     loss, total, *pieces = collectives.all_reduce_(told, plan.layout.axis).tolist()
+    if [plan.mesh.sp.size * piece for piece in pieces[:4]] != pieces[4:]:
+        raise DataError(
+            f"ranks that share samples over parallel.sp {plan.mesh.sp.size} read different ones, as where a picture "
+            "can be read on one machine and not on another: give all ranks the same data"
+        )
+    pieces = pieces[:4]
     word = sum(int(piece) << shift for piece, shift in zip(pieces, (0, 16, 32, 48)))
     return loss / plan.run.global_batch, math.sqrt(total), word & (2**64 - 1)
 

@@ -41,10 +41,13 @@ def validate(
     def measured(places_B: Tensor) -> Tensor:
         repeats_B, ids_B = places_B // len(ids), ids[places_B % len(ids)]
         x, y, read_B = _read(dataset, ids_B, bad)
+        for other_B in collectives.gather_objects(plan.mesh.sp, read_B) if plan.mesh.sp.size > 1 else ():
+            read_B = read_B & other_B  # what one of those that share a sample cannot read is left out by all
         return _measure(plan, working, x, y, read_B, ids_B + (repeats_B << 32))
 
     rows = spread(measured, plan.run.validation_draws * len(ids), axis, plan.micro_batch)
-    told = set().union(*collectives.gather_objects(axis, set(bad))[: axis.rank])
+    everybody = plan.mesh.all
+    told = set().union(*collectives.gather_objects(everybody, set(bad))[: everybody.rank])
     for path, reason in bad.items():
         if on_bad is not None and path not in told:
             on_bad(path, reason)

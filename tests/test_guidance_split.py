@@ -141,7 +141,7 @@ def test_the_sample_script_with_pairs(tmp_path):
     checkpoint.save_weights(tmp_path / "ema.safetensors", params, about)
     torchrun(
         2, "sample.py", "--checkpoint", tmp_path / "ema.safetensors", "--out", tmp_path / "x.png",
-        "--tensors", tmp_path / "x.safetensors", "--num", "5", "--seed", "3", "--cfg", "2", "--guidance", "3",
+        "--tensors", tmp_path / "x.safetensors", "--num", "5", "--seed", "3", "--parallel.cfg", "2", "--guidance", "3",
     )  # fmt: skip
     guided = dataclasses.replace(run.sampling, guidance=Guidance(3.0))
     alone = sample.sample(composed, params, sample.spread_labels(5, 10), random.key(3), sampling=guided)

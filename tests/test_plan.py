@@ -136,6 +136,26 @@ def test_wrong_layouts_are_refused_in_one_sentence(changes, world, key, found, f
         plan.check(changed(**changes), world=world)
 
 
+@pytest.mark.parametrize(
+    "changes, world, found, fix",
+    [
+        (dict(global_batch=1), 32, "parallel.sp 32 is more than the 16 tokens", "--global-batch 32"),
+        (dict(global_batch=3, parallel=Parallel(sequence="none")), 2, "parallel.sequence is none", "--global-batch 4"),
+        (dict(global_batch=3, grad_norms=True), 4, "grad_norms needs whole samples", "--global-batch 4"),
+    ],
+)
+def test_a_degree_that_was_not_asked_for_is_explained(changes, world, found, fix):
+    with pytest.raises(ValueError, match=rf"{found}.*global_batch \d+ does not divide over {world} ranks.*{fix}"):
+        plan.check(changed(**changes), world=world)
+
+
+def test_what_a_resumed_run_may_change():
+    layout = dict(parallel=Parallel(sp=2, zero=3, sequence="ring", cfg=2))
+    assert config.first_difference(config.to_json(DIGITS), config.to_json(changed(**layout))) is None
+    found = config.first_difference(config.to_json(DIGITS), config.to_json(changed(parallel=Parallel(ring_fp8=True))))
+    assert found == ("parallel.ring_fp8", False, True)
+
+
 def test_degrees():
     """Samples are shared before tokens are, and tokens by as few ranks as the global batch of 96 allows."""
     told = {world: plan.divide(DIGITS, world) for world in (1, 4, 5, 8, 9, 64)}

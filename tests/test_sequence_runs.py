@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 from conftest import redraw
+from ranks import RankFailed
 from test_compile import GRAPHS, SECONDS, compiling_by, counted
 from test_zero import KEY, eight_steps, fp64_plan, fp64_state, with_
 
-from odit import config, data, memory, ops, plan, random, sample, train, tree
+from odit import config, data, memory, ops, plan, random, sample, train, tree, validate
 from odit.config import Guidance, Parallel, Sampling
 from odit.data import loader
 from odit.models import dit
@@ -51,6 +52,48 @@ def test_remat_and_offload_change_nothing(ranks, digits_alone, name, how):
     for log in ranks.run(4, eight_steps, run, **sizes(name, 2)):
         for (loss, word), (loss1, word1) in zip(log, digits_alone, strict=True):
             assert word == word1 and abs(loss - loss1) <= 1e-5
+
+
+def other_samples(mesh):
+    """A step in which the second of two ranks that share samples has read another one."""
+    run = dataclasses.replace(DIGITS, parallel=Parallel(sp=2))
+    dataset = data.open_dataset(run.data)
+    composed = plan.make(run, dataset, mesh)
+    (batch,) = loader.batches(dataset, KEY, global_batch=run.global_batch, stop=1)
+    ids = batch.ids_B.clone()
+    ids[3] += mesh.sp.rank
+    train.make_step(composed)(train.init_state(composed, KEY), batch._replace(ids_B=ids), KEY)
+
+
+def test_ranks_that_share_samples_must_read_the_same(ranks):
+    with pytest.raises(RankFailed, match=r"ranks \[0, 1\] did(.|\n)*share samples over parallel.sp 2 read different"):
+        ranks.run(2, other_samples, sp=2)
+
+
+def validated(mesh, bad_rank):
+    """Validation where one rank cannot read a picture; the losses, and what this rank told of it."""
+    run = dataclasses.replace(DIGITS, validation_draws=1, micro_batch=24, parallel=Parallel(sp=2))
+    dataset = data.open_dataset(run.data)
+    dataset.held_out_ids = dataset.held_out_ids[:20]
+    bad, read = int(dataset.held_out_ids[7]), dataset.read
+
+    def torn(ids):
+        if bad in torch.as_tensor(ids).tolist() and mesh.rank in bad_rank:
+            raise data.BadSample("picture 7", "torn")
+        return read(ids)
+
+    dataset.read = torn
+    composed, told = plan.make(run, dataset, mesh), []
+    params = train.init_state(composed, KEY).params
+    return validate.validate(composed, params, dataset, lambda path, why: told.append(path)), told
+
+
+@pytest.mark.parametrize("bad_rank", [(0,), (1,), (0, 1)])
+def test_a_picture_that_one_of_those_who_share_it_cannot_read_is_left_out(ranks, bad_rank):
+    found = ranks.run(2, validated, bad_rank, sp=2)
+    everybody = ranks.run(2, validated, (0, 1), sp=2)
+    assert [losses for losses, _ in found] == [losses for losses, _ in everybody]
+    assert [path for _, told in found for path in told] == ["picture 7"]
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling

@@ -23,7 +23,7 @@ def build(ops: Ops, place: Place) -> Ops:
     def enter(x_BTSD: Tensor, *tables: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         found = (x_BTSD.shape[1], x_BTSD.shape[2])
         assert found == (sum(frames), sum(positions)), f"{found} frames and positions where the plan has {place}"
-        return collectives.take(x_BTSD, axis, 1, frames), tables
+        return collectives.take(x_BTSD, axis, 1, frames).contiguous(), tables
 
     def switch(x: Tensor, to: str) -> Tensor:
         if to == "time":

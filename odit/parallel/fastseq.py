@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from odit import tree
-from odit.ops import Ops
+from odit.ops import Ops, at_least_fp32
 from odit.parallel import collectives
 from odit.parallel.collectives import roll, start_shift
 from odit.parallel.place import Place, split_tokens, where_heads
@@ -92,8 +92,9 @@ class _Ring:
                 coming = start_shift(dx, self.axis, 1, 1, sizes, part_of="ring_reduce_scatter")
             collectives.mark(f"qkv weight gradient {step}")
             found = torch.autograd.grad(edges, leaves, chunks[target])
-            totals = list(found) if totals is None else [a + b for a, b in zip(totals, found)]
-        return dx, totals
+            found = [at_least_fp32(g) for g in found]
+            totals = found if totals is None else [a + b for a, b in zip(totals, found)]
+        return dx, [total.to(leaf.dtype) for total, leaf in zip(totals, leaves)]
 
     def _rows(self, tables: tuple[Tensor, ...], source: int) -> tuple[Tensor, ...]:
         return tuple(t.narrow(0, sum(self.tokens[:source]), self.tokens[source]) for t in tables)

@@ -58,7 +58,7 @@ def split_tokens(ops: Ops, place: Place, tables: bool) -> Ops:
 
     def enter(x_BLD: Tensor, *found: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         assert x_BLD.shape[1] == place.length, f"{x_BLD.shape[1]} tokens where the plan has {place.length}"
-        x_BlD = collectives.take(x_BLD, axis, 1, tokens)
+        x_BlD = collectives.take(x_BLD, axis, 1, tokens).contiguous()  # a view would keep all tokens alive
         return x_BlD, tuple(collectives.take(t, axis, 0, tokens) for t in found) if tables else found
 
     def leave(x_BlD: Tensor) -> Tensor:

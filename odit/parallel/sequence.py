@@ -1,7 +1,8 @@
 """The table of sequence strategies, one file each, and the choice between them.
 
 A strategy is a function from record to record, ``build(ops, place) -> Ops``. It calls the sites it was given and
-repeats none of their arithmetic. Its line in the table enrols it in the command line, the benchmark and every test.
+repeats none of their arithmetic. Its line in the table enrols it in the benchmark and in every test, its name in
+``config.Sequence`` in the command line.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def inner_degree(name: str, sp: int, heads: int, asked: int | None) -> int:
     return asked or math.gcd(sp, heads)
 
 
-def check(name: str, sp: int, length: int, heads: int, frames: int, ulysses: int | None, fp8: bool) -> None:
+def check(name: str, sp: int, length: int, frames: int, ulysses: int | None, fp8: bool) -> None:
     """Refuses what cannot share ``length`` tokens over ``sp`` ranks; raises ValueError with both numbers and a fix."""
     if sp > 1 and name == "none":
         raise ValueError(
@@ -91,11 +92,12 @@ def check(name: str, sp: int, length: int, heads: int, frames: int, ulysses: int
         )
 
 
-def idle(name: str, sp: int, heads: int) -> str | None:
+def idle(name: str, sp: int, heads: int, ulysses: int) -> str | None:
     """A line on ranks that a strategy leaves without heads."""
-    if name not in ("fastseq", "ulysses", "megatron") or heads >= sp:
+    over = {"usp": ulysses, "ring": 1, "dsp": 1}.get(name, sp)
+    if heads >= over:
         return None
-    return f"sequence: {heads} heads over {sp} ranks leave {sp - heads} of them without attention; usp would not"
+    return f"sequence: {heads} heads over {over} ranks leave {over - heads} of them without attention; ring would not"
 
 
 # ------------------------------------------------------------------------------------------------------- the choice
