@@ -133,7 +133,7 @@ def record_on(mesh, case, name, **options):
     return Ops() if build is None else build(Ops(), Place(mesh, case.length, case.heads, case.frames, **options))
 
 
-def loss_and_gradients(mesh, model, shape, name, stage, remat=False):
+def loss_and_gradients(mesh, model, shape, name, stage, remat=False, wrap=None):
     """The loss, and this rank's parts of every gradient, of a batch that dp shares and whose tokens sp shares."""
     case = case_of(model, shape)
     layout = layout_on(mesh, case, name, stage, remat)
@@ -143,6 +143,7 @@ def loss_and_gradients(mesh, model, shape, name, stage, remat=False):
     targets = tree.map(lambda p: p.detach().requires_grad_(), layout.targets(params, held))
     record = record_on(mesh, case, name, claimed=claims(case, name, mesh.sp.size))
     working, ops = layout.view(targets, held, record)
+    ops = ops if wrap is None else wrap(ops)
     each = BATCH // mesh.dp.size
     ids_B = torch.arange(mesh.dp.rank * each, (mesh.dp.rank + 1) * each)
     loss = case.run(working, ids_B, ops).sum() / BATCH / mesh.sp.size

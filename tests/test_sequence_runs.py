@@ -7,9 +7,10 @@ import torch
 from conftest import redraw
 from ranks import RankFailed
 from test_compile import GRAPHS, SECONDS, compiling_by, counted
+from test_sequence import loss_and_gradients
 from test_zero import KEY, eight_steps, fp64_plan, fp64_state, with_
 
-from odit import config, data, memory, ops, plan, random, sample, train, tree, validate
+from odit import compiling, config, data, memory, ops, plan, random, sample, train, tree, validate
 from odit.config import Guidance, Parallel, Sampling
 from odit.data import loader
 from odit.models import dit
@@ -230,3 +231,22 @@ def test_compiled_blocks_equal_eager_ones(ranks, name, remat):
     for loss, worst, (first, second) in found:
         assert loss <= 1e-12 and worst <= 1e-11
         assert (first, second) == (2 * STRETCHES[name],) * 2
+
+
+def compiled_dsp(mesh):
+    """Eager and compiled losses and gradients of the time x space model, and the graphs of each of two rounds."""
+    args, num = ("time x space", "64 tokens", "dsp", 3), []
+    eager = loss_and_gradients(mesh, *args)
+    with compiling_by(counted):
+        for _ in range(2):
+            found = loss_and_gradients(mesh, *args, wrap=compiling.compiled)
+            num.append(len(GRAPHS))
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(tree.leaves(found[1]), tree.leaves(eager[1]))]
+    return abs(found[0] - eager[0]) / eager[0], max(errors), num
+
+
+def test_compiled_dsp_equals_eager(ranks):
+    """A pair of blocks has three stretches: before, between and after its two switches."""
+    for loss, worst, (first, second) in ranks.run(2, compiled_dsp, sp=2, timeout_s=SECONDS):
+        assert loss <= 1e-12 and worst <= 1e-11
+        assert 0 < first == second <= 3
