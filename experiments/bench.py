@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from odit import config, data, health, memory, plan, random, train, tree
+from odit import checks, config, data, health, memory, models, plan, random, train, tree
 from odit.data import loader
 from odit.models import dit, latte
+from odit.models.config import Config
 from odit.ops import flash
 from odit.parallel import collectives, spec
 from odit.parallel import mesh as meshes
@@ -57,7 +58,7 @@ class Zero:
 
 def zero(cfg: Zero) -> None:
     """Prints a row a layout: ms, samples/s, TFLOP/s, peak memory, bytes moved and exposed communication a rank."""
-    rank, world, _ = meshes.start(plan.pick_device(cfg.device))
+    rank, world, _ = meshes.start(checks.pick_device(cfg.device))
     try:
         mesh = meshes.make_mesh(world, rank, None, 1)
         meshes.warm_up(mesh)
@@ -91,7 +92,7 @@ def zero_row(cfg: Zero, layout: str, mesh: meshes.Mesh) -> dict[str, Any]:
             raise  # the other ranks wait in this step
         return {**about, "ranks": mesh.world, "device": where, "error": str(error).split(". ")[0]}
     peak = max(collectives.gather_objects(mesh.all, found["peak"]))  # of the rank that holds most
-    flops = 6 * dit.macs(run.model, composed.shape) * cfg.batch
+    flops = 6 * models.of(run.model).macs(run.model, composed.shape) * cfg.batch
     ms = sorted(found["ms"])[len(found["ms"]) // 2]
     return {
         **about,
@@ -233,7 +234,7 @@ def sequence(cfg: Sequence) -> None:
                 print(json.dumps(row), flush=True)
 
 
-def sequence_row(cfg: Sequence, model: dit.Config, name: str, length: int, sp: int, alone: dict) -> dict[str, Any]:
+def sequence_row(cfg: Sequence, model: Config, name: str, length: int, sp: int, alone: dict) -> dict[str, Any]:
     """One strategy: recorded beside told elements, collectives, bytes, predicted times, memory of a block."""
     place = place_of(cfg, model, name, length, sp)
     about = {"name": name, "preset": cfg.preset, "batch": cfg.batch, "precision": cfg.precision}
@@ -263,7 +264,7 @@ def sequence_row(cfg: Sequence, model: dit.Config, name: str, length: int, sp: i
     }
 
 
-def place_of(cfg: Sequence, model: dit.Config, name: str, length: int, sp: int) -> Place:
+def place_of(cfg: Sequence, model: Config, name: str, length: int, sp: int) -> Place:
     """Rank 0's place in a group of ``sp`` ranks that are not there."""
     u = sequences.inner_degree(name, sp, model.heads, None) if name == "usp" else 1
     u = u // 2 if u == sp > 2 else u  # all of sp would be ulysses itself
@@ -276,7 +277,7 @@ def place_of(cfg: Sequence, model: dit.Config, name: str, length: int, sp: int) 
     return Place(mesh, length, model.heads, frames, claimed="".join(c for c in claims if sp > 1 and fits[c]))
 
 
-def measure_block(cfg: Sequence, model: dit.Config, place: Place, name: str) -> dict[str, Any]:
+def measure_block(cfg: Sequence, model: Config, place: Place, name: str) -> dict[str, Any]:
     """Transfers and bytes kept for backward of one block (of two, over space and time, for dsp) on meta tensors."""
     dtype, n, paired = plan.DTYPES[cfg.precision], place.axis.size, name == "dsp"
     kernels = memory.flash_on_meta(flash())
@@ -290,7 +291,7 @@ def measure_block(cfg: Sequence, model: dit.Config, place: Place, name: str) -> 
     block = latte.make_pair(model, ops) if paired else dit.make_block(model, ops)
     with memory.Weigh([x, c_BD, *tree.leaves(params)]) as weigh:
         with collectives.recording() as forward:
-            y = block(params, x, c_BD) if paired else block(params, x, c_BD, ())
+            y = block(params, x, c_BD, ())
         kept = weigh.now()
         with collectives.recording() as backward:
             torch.autograd.grad(y.sum(), [x, c_BD, *tree.leaves(params)])

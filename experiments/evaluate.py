@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from odit import checkpoint, config, data, evaluate, health, plan, record, sample
+from odit import checkpoint, checks, config, data, evaluate, health, plan, record, sample
 from odit.health import CheckpointError
 from odit.parallel import mesh as meshes
 
@@ -67,7 +67,7 @@ def main(args: Evaluate) -> None:
     dataset = data.open_dataset(run.data)
     if not len(dataset.held_out_ids):
         raise ValueError(f"checkpoint {args.checkpoint} held no digits out, so nothing tells how good a judge is")
-    rank, world, _ = meshes.start(plan.pick_device(args.device))
+    rank, world, _ = meshes.start(checks.pick_device(args.device))
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
         health.same_everywhere(meshes.store(), rank, world, "command line", config.to_json(args))
@@ -81,7 +81,7 @@ def main(args: Evaluate) -> None:
             sampling=told,
             parallel=config.Parallel(sp=args.sp, sequence=args.sequence, cfg=args.cfg),
         )
-        mesh = meshes.make_mesh(world, rank, **plan.axes(run, world))
+        mesh = meshes.make_mesh(world, rank, **checks.axes(run, world))
         meshes.warm_up(mesh)
         composed = plan.make(run, dataset, mesh)
         if rank == 0 and composed.notes:

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from odit import checkpoint, config, health, plan, random, record, sample
+from odit import checkpoint, checks, config, health, plan, random, record, sample
 from odit.health import CheckpointError
 from odit.models import dit
 from odit.parallel import mesh as meshes
@@ -76,12 +76,12 @@ def main(args: Sample) -> None:
     for name in ("num", "batch", "columns"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}: use 1 or more")
-    rank, world, _ = meshes.start(plan.pick_device(args.device))
+    rank, world, _ = meshes.start(checks.pick_device(args.device))
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
         health.same_everywhere(meshes.store(), rank, world, "command line", config.to_json(args))
         run, shape = read_run(args, world)
-        mesh = meshes.make_mesh(world, rank, **plan.axes(run, world))
+        mesh = meshes.make_mesh(world, rank, **checks.axes(run, world))
         meshes.warm_up(mesh)
         composed = plan.compose(run, shape, mesh)
         if rank == 0 and composed.notes:

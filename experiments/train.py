@@ -14,7 +14,21 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from odit import checkpoint, config, data, evaluate, health, memory, plan, random, record, sample, train, validate
+from odit import (
+    checkpoint,
+    checks,
+    config,
+    data,
+    evaluate,
+    health,
+    memory,
+    plan,
+    random,
+    record,
+    sample,
+    train,
+    validate,
+)
 from odit.data import loader
 from odit.health import CheckpointError, NumericError
 from odit.parallel import collectives
@@ -24,13 +38,13 @@ from odit.parallel import mesh as meshes
 def main(run: config.Run) -> None:
     """Checks, joins the other ranks, restores or initialises, then steps to the end, writing what is asked for."""
     began = time.monotonic()
-    plan.check(run, world=int(os.environ.get("WORLD_SIZE", 1)))
-    rank, world, _ = meshes.start(plan.pick_device(run.device))
+    checks.check(run, world=int(os.environ.get("WORLD_SIZE", 1)))
+    rank, world, _ = meshes.start(checks.pick_device(run.device))
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
         watch = stack.enter_context(health.Watch(meshes.store(), rank, world))
         health.same_everywhere(meshes.store(), rank, world, "command line", shared(run))
-        mesh = meshes.make_mesh(world, rank, **plan.axes(run, world))
+        mesh = meshes.make_mesh(world, rank, **checks.axes(run, world))
         meshes.warm_up(mesh)
         if rank == 0:
             stack.enter_context(record.Lock(run.out))

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from odit import data, diffusion, optim
-from odit.models import dit
+from odit.encoders import config as encoders
+from odit.models import config as models
 
 Sequence = Literal["auto", "none", "fastseq", "ulysses", "ring", "usp", "megatron", "dsp"]
 
@@ -121,7 +122,8 @@ class Run:
     """CPU threads; None leaves PyTorch's choice."""
 
     data: data.Config = field(default_factory=data.Config)
-    model: dit.Config = field(default_factory=dit.Config)
+    encoders: encoders.Config = field(default_factory=encoders.Config)
+    model: models.Config = field(default_factory=models.Config)
     diffusion: diffusion.Config = field(default_factory=diffusion.Config)
     optimizer: optim.Config = field(default_factory=optim.Config)
     sampling: Sampling = field(default_factory=Sampling)
@@ -136,10 +138,32 @@ def _digits() -> Run:
         sample_every=250,
         validate_every=250,
         data=data.Config(source="digits", held_out=1 / 6),
-        model=dit.Config(width=96, depth=4, heads=4, patch=2),
+        model=models.Config(width=96, depth=4, heads=4, patch=2),
         diffusion=diffusion.Config(objective="flow", times="logit-normal", time_scale=1000.0),
         optimizer=optim.Config(lr=4e-3, beta2=0.99, warmup=50, decay="cosine", clip=1.0, ema_decay=0.995),
         sampling=Sampling(solver="heun", steps=10, guidance=Guidance(scale=1.5)),
+    )
+
+
+def _digits_text() -> Run:
+    """Digits by captions, which a small encoder reads byte by byte."""
+    return dataclasses.replace(
+        _digits(),
+        out=Path("runs/digits-text"),
+        data=data.Config(source="digits-text", held_out=1 / 6),
+        encoders=encoders.Config(text_length=48),
+    )
+
+
+def _moving_digits() -> Run:
+    """Clips of a digit that moves as the caption says, by a time x space transformer."""
+    return dataclasses.replace(
+        _digits(),
+        out=Path("runs/moving-digits"),
+        global_batch=48,
+        data=data.Config(source="moving-digits", held_out=1 / 6),
+        encoders=encoders.Config(text_length=64),
+        model=models.Config(arch="latte", width=96, depth=4, heads=4, patch=4, frame_patch=2),
     )
 
 
@@ -154,7 +178,7 @@ def _folder() -> Run:
         validate_every=2500,
         validation_draws=1,
         data=data.Config(source="folder", image_size=32, flip=True, held_out=0.05, workers=2),
-        model=dit.Config(width=384, depth=12, heads=6, patch=2),
+        model=models.Config(width=384, depth=12, heads=6, patch=2),
         diffusion=diffusion.Config(objective="flow", time_scale=1000.0),
         optimizer=optim.Config(lr=2e-4, warmup=1000, clip=1.0, ema_decay=0.9995),
     )
@@ -171,7 +195,7 @@ def _published(size: str, patch: int) -> Run:
         validate_every=10_000,
         validation_draws=1,
         data=data.Config(source="synthetic", image_size=32, channels=4, num_classes=1000, held_out=0.0),
-        model=dit.sized(size, patch),
+        model=models.sized(size, patch),
         diffusion=diffusion.Config(objective="eps", variance="learned"),
         optimizer=optim.Config(lr=1e-4, ema_decay=0.9999, ema_warmup=False),
         sampling=Sampling(solver="ddpm", steps=250, guidance=Guidance(scale=4.0, channels=3)),
@@ -185,7 +209,7 @@ def _three_billion() -> Run:
         out=Path("runs/dit-3b-2"),
         global_batch=32,
         precision="bf16",
-        model=dit.Config(width=2304, depth=32, heads=32, patch=2),
+        model=models.Config(width=2304, depth=32, heads=32, patch=2),
         optimizer=optim.Config(lr=1e-4, clip=1.0, ema_decay=0.9999, ema_warmup=False),
         parallel=Parallel(zero=3, remat="block", offload="optimizer"),
     )
@@ -195,11 +219,13 @@ def presets() -> dict[str, tuple[str, Run]]:
     """Name -> (description, run)."""
     sizes = {
         f"dit-{s}-{p}": (f"DiT-{s.upper()}/{p} as published, on synthetic latents or your folder.", _published(s, p))
-        for s in dit.SIZES
+        for s in models.SIZES
         for p in (2, 4, 8)
     }
     return {
         "digits": ("1,797 real handwritten digits, 8x8, minutes on a CPU.", _digits()),
+        "digits-text": ("The same digits by captions, a text encoder trained along.", _digits_text()),
+        "moving-digits": ("Clips of digits that move as a caption says, minutes on a CPU.", _moving_digits()),
         "folder": ("Your folder of pictures (one sub-folder a class, or flat).", _folder()),
         **sizes,
         "dit-3b-2": ("A DiT of 3 billion parameters that trains on one GPU of 24 GiB.", _three_billion()),

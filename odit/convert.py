@@ -96,7 +96,7 @@ def to_dit(params: dict, cfg: Config, shape: Shape, allow_other_timesteps: bool 
             f"facebookresearch/DiT normalises with epsilon {EPS} and this model's mlp with {cfg.mlp_eps}: "
             f"to accept the difference pass dataclasses.replace(cfg, mlp_eps={EPS})"
         )
-    side = shape.size // cfg.patch
+    side = shape.size[0] // cfg.patch
     table = nn.sincos_2d(side, side, cfg.width).to(params["patch"]["w"])
     return _export(params, _dit_parts(cfg, shape)) | {"pos_embed": table[None]}
 
@@ -223,7 +223,7 @@ def to_diffusers(
         "in_channels": shape.channels,
         "out_channels": shape.channels * shape.outputs,
         "num_layers": cfg.depth,
-        "sample_size": shape.size,
+        "sample_size": shape.size[0],
         "patch_size": cfg.patch,
         "num_embeds_ada_norm": shape.num_classes,
         "norm_eps": cfg.mlp_eps,
@@ -305,7 +305,7 @@ def _import(state: dict[str, Tensor], parts: list[Part], cfg: Config, shape: Sha
 
 
 def _check_table(found: Tensor, cfg: Config, shape: Shape, name: str) -> None:
-    side = shape.size // cfg.patch
+    side = shape.size[0] // cfg.patch
     table = nn.sincos_2d(side, side, cfg.width)[None]
     if found.shape != table.shape:
         raise ValueError(f"{name} has shape {tuple(found.shape)} and should have {tuple(table.shape)}")
@@ -320,7 +320,13 @@ def _check_table(found: Tensor, cfg: Config, shape: Shape, name: str) -> None:
 
 
 def _refuse(cfg: Config, shape: Shape, target: str, freqs: str, allow_other_timesteps: bool) -> None:
-    for name, value in (("qk_norm", False), ("positions", "sincos"), ("mlp", "gelu")):
+    if len(shape.size) != 2 or shape.size[0] != shape.size[1]:
+        raise ValueError(
+            f"samples are {'x'.join(map(str, shape.size))} and {target} has square pictures: "
+            "use odit's own weights file"
+        )
+    plain = {"arch": "dit", "adaln": "zero", "qk_norm": False, "positions": "sincos", "mlp": "gelu"}
+    for name, value in plain.items():
         if getattr(cfg, name) != value:
             raise ValueError(
                 f"model.{name} is {getattr(cfg, name)} and {target} has only {value}: use odit's own weights file"

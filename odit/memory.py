@@ -127,13 +127,14 @@ class _Down:
 def _gradients(plan: Plan, params: tree.Tree, down: _Down | None) -> tree.Tree:
     """``train.gradients`` without what needs values; two micro-batches stand for more."""
     held = plan.layout.hold(params)
-    shape, total = (plan.shape.channels, plan.shape.size, plan.shape.size), None
+    shape, total = plan.shape.sample, None
     for _ in range(min(2, plan.num_micro)):
         ids = torch.empty(plan.micro_batch, dtype=torch.int64, device=META)
         x = torch.empty(plan.micro_batch, *shape, device=META)
+        y = tree.map(lambda c: c.expand(plan.micro_batch, *c.shape[1:]), plan.null)
         draws = train.draw(plan, ids, shape, random.key(0))
         sink: zero.Sink | None = None if down is None else down.sink
-        _, grads = train.part_gradients(plan, params, held, x, ids, draws, sink=sink)
+        _, grads = train.part_gradients(plan, params, held, x, y, draws, sink=sink)
         total = train.add(total, grads, params)
         del grads
     return plan.layout.reduce(total)

@@ -11,19 +11,28 @@ from torch import Tensor
 from odit.ops import at_least_fp32, linear
 
 
-def patchify(x_BCHW: Tensor, patch: int) -> Tensor:
-    """Cuts pictures into tokens (B, L, C * patch * patch), rows first, channels slowest within a token."""
-    B, C, H, W = x_BCHW.shape
-    x = x_BCHW.reshape(B, C, H // patch, patch, W // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // patch) * (W // patch), C * patch * patch)
+def patchify(x: Tensor, patch: int, frame_patch: int = 1) -> Tensor:
+    """Cuts pictures (B, C, H, W) or clips (B, C, T, H, W) into tokens (B, L, C * P): frames first, then rows; channels
+    slowest within a token."""
+    if x.ndim == 4:
+        B, C, H, W = x.shape
+        x = x.reshape(B, C, H // patch, patch, W // patch, patch)
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(B, (H // patch) * (W // patch), C * patch * patch)
+    B, C, T, H, W = x.shape
+    x = x.reshape(B, C, T // frame_patch, frame_patch, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, -1, C * frame_patch * patch * patch)
 
 
-def unpatchify(x_BLP: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """Lays tokens of (patch, patch, C) values, channels fastest as in DiT, out as pictures (B, C, height, width)."""
-    B, _, size = x_BLP.shape
-    C = size // patch**2
-    x = x_BLP.reshape(B, height // patch, width // patch, patch, patch, C)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, height, width)
+def unpatchify(x_BLP: Tensor, size: tuple[int, ...], patch: int, frame_patch: int = 1) -> Tensor:
+    """Lays tokens, channels fastest within one as in DiT, out as pictures or clips (B, C, *size)."""
+    B, _, values = x_BLP.shape
+    *frames, H, W = size
+    if not frames:
+        x = x_BLP.reshape(B, H // patch, W // patch, patch, patch, values // patch**2)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H, W)
+    T, C = frames[0], values // (frame_patch * patch**2)
+    x = x_BLP.reshape(B, T // frame_patch, H // patch, W // patch, frame_patch, patch, patch, C)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(B, C, T, H, W)
 
 
 def sincos_1d(position_L: Tensor, dim: int) -> Tensor:
@@ -49,6 +58,20 @@ def rotary_2d(rows: int, columns: int, head_size: int, base: float = 100.0) -> t
     frequency = base ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angle = torch.cat([p.flatten().double()[:, None] * frequency for p in (row, column)], -1)
+    return angle.cos(), angle.sin()
+
+
+def rotary_3d(frames: int, rows: int, columns: int, head_size: int, base: float = 100.0) -> tuple[Tensor, Tensor]:
+    """cos and sin (frames * rows * columns, head_size / 2) fp64: 3/8 of the pairs turn with the row, as many with the
+    column and the rest with the frame (the parts of CogVideoX, Yang et al. 2024)."""
+    pairs = head_size // 2
+    in_space = max(1, 3 * pairs // 8)
+    grid = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
+    parts = [
+        position.flatten().double()[:, None] * base ** (-torch.arange(num, dtype=torch.float64) / num)
+        for position, num in zip(grid, (pairs - 2 * in_space, in_space, in_space))
+    ]
+    angle = torch.cat(parts, -1)
     return angle.cos(), angle.sin()
 
 
@@ -78,3 +101,14 @@ def embed_label(y_B: Tensor, table_VD: Tensor) -> Tensor:
 def adaln(c_BD: Tensor, p: dict[str, Tensor], chunks: int) -> tuple[Tensor, ...]:
     """The shifts, scales and gates (B, D) each, regressed from silu(c) (DiT, section 3.2)."""
     return linear(torch.nn.functional.silu(c_BD), p).chunk(chunks, -1)
+
+
+def project(x: Tensor, p: dict) -> Tensor:
+    """fc2(gelu(fc1 x)) with tanh-GELU: a caption's features on their way to the model's width (PixArt-alpha)."""
+    return linear(torch.nn.functional.gelu(linear(x, p["fc1"]), approximate="tanh"), p["fc2"])
+
+
+def layer_norm(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """LayerNorm with weight and bias, statistics in at least fp32."""
+    y = torch.nn.functional.layer_norm(at_least_fp32(x), x.shape[-1:])
+    return y.to(x.dtype) * p["w"] + p["b"]

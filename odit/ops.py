@@ -155,6 +155,37 @@ def _flash_takes(q: Tensor) -> bool:
     return fits and (not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (8, 0))
 
 
+def cross(h_BLD: Tensor, p: dict, text_BSD: Tensor, mask_BS: Tensor) -> Tensor:
+    """Every token attends to the tokens of its sample's caption: (B, L, D).
+
+    p holds q {w (H, K, D), b (H, K)}, kv {w (2, H, K, D), b (2, H, K)} and out {w (D, H, K), b (D)}.
+    """
+    return out(attend_masked(*cross_qkv(h_BLD, p, text_BSD), mask_BS), p["out"])
+
+
+def cross_sdpa(h_BLD: Tensor, p: dict, text_BSD: Tensor, mask_BS: Tensor) -> Tensor:
+    """``cross`` by PyTorch's scaled_dot_product_attention."""
+    q, k, v = (x.transpose(1, 2) for x in cross_qkv(h_BLD, p, text_BSD))
+    o = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask_BS[:, None, None])
+    return out(o.transpose(1, 2), p["out"])
+
+
+def cross_qkv(h_BLD: Tensor, p: dict, text_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, L, H, K) of the tokens, k and v (B, S, H, K) of the caption."""
+    heads, size = p["q"]["w"].shape[:2]
+    q = torch.nn.functional.linear(h_BLD, p["q"]["w"].flatten(0, 1), p["q"]["b"].flatten())
+    kv = torch.nn.functional.linear(text_BSD, p["kv"]["w"].flatten(0, 2), p["kv"]["b"].flatten())
+    return q.unflatten(-1, (heads, size)), *kv.unflatten(-1, (2, heads, size)).unbind(2)
+
+
+def attend_masked(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, mask_BS: Tensor) -> Tensor:
+    """``attend`` over the keys that the mask keeps, at least one a sample."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BSHK, v_BSHK))
+    scores = at_least_fp32((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2))
+    scores = scores.masked_fill(~mask_BS[:, None, None], float("-inf"))
+    return (torch.softmax(scores, -1).to(v.dtype) @ v).transpose(1, 2)
+
+
 def out(o_BLHK: Tensor, p: dict[str, Tensor]) -> Tensor:
     """Projects the heads back to D; p holds w (D, H, K) and b (D)."""
     return torch.nn.functional.linear(o_BLHK.flatten(2), p["w"].flatten(1), p["b"])
@@ -205,6 +236,7 @@ class Ops:
     attend: Callable = attend
     attend_lse: Callable = attend_lse
     attend_grad: Callable = attend_grad
+    cross: Callable = cross
     out: Callable = out
     mlp: Callable = mlp
     leave: Callable = leave
@@ -213,4 +245,4 @@ class Ops:
 
 def flash() -> Ops:
     """The reference with PyTorch's flash attention."""
-    return Ops(attend=attend_sdpa, attend_lse=attend_lse_flash, attend_grad=attend_grad_flash)
+    return Ops(attend=attend_sdpa, attend_lse=attend_lse_flash, attend_grad=attend_grad_flash, cross=cross_sdpa)

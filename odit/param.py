@@ -57,6 +57,19 @@ def xavier(fan_in: int, fan_out: int) -> Draw:
     return lambda key, start, size: (2 * random.uniform(key, (size,), start=start) - 1) * bound
 
 
+def dense(out: int, dims: str, fan_in: int, draw: Draw | None = None) -> dict:
+    """A matrix w (out, fan_in), Xavier unless told, and its bias b (out), zero."""
+    return {
+        "w": Param((out, fan_in), dims, draw or xavier(fan_in, out)),
+        "b": Param((out,), dims[0], zeros),
+    }
+
+
+def norm(width: int) -> dict:
+    """Weight, one, and bias, zero, of a LayerNorm."""
+    return {"w": Param((width,), "D", ones), "b": Param((width,), "D", zeros)}
+
+
 def init(declared: tree.Tree, key: random.Key, device=None, dtype=torch.float32) -> tree.Tree:
     """Draws every leaf from (key, path): nothing but the key, its path and its declaration plays a part."""
     return tree.map_with_path(lambda path, p: draw(p, path, key).to(device=device, dtype=dtype), declared)

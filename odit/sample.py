@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odit import plan as plans
-from odit import random, tree
+from odit import checks, random, tree
 from odit.config import Sampling
 from odit.diffusion import guidance, solvers
 from odit.parallel import collectives
@@ -22,7 +21,7 @@ from odit.plan import Plan
 def sample(
     plan: Plan,
     params: tree.Tree,
-    labels_N: Tensor,
+    conditions_N: tree.Tree,
     key: random.Key,
     *,
     sampling: Sampling | None = None,
@@ -30,12 +29,13 @@ def sample(
     batch: int = 256,
     progress: Callable | None = None,
 ) -> Tensor:
-    """Draws one picture a label: (N, C, H, W) fp32, as the model left them (not clamped).
+    """Draws one picture or clip a condition: (N, C, [T,] H, W) fp32, as the model left them (not clamped).
 
     Ranks along dp draw a share each, with ``parallel.cfg`` 2 pairs of them; all return all pictures.
 
     Args:
-        labels_N: int64; picture ``start + n`` shows label n. The null label gives unconditional pictures.
+        conditions_N: labels int64, or captions as ``plan.tokenize`` makes them; picture ``start + n`` shows number n.
+            The null label, or the empty caption, gives unconditional pictures.
         start: index of the first picture; its noise depends on key and index alone.
         batch: pictures at once on one rank.
         progress: wraps the iterable of solver steps, such as tqdm.
@@ -46,19 +46,20 @@ def sample(
 
         def pictures(places_B: Tensor) -> Tensor:
             ids_B = (start + places_B).to(plan.device)
-            return _sample_batch(plan, working, labels_N[places_B].to(plan.device), ids_B, key, sampling, progress)
+            conditions_B = tree.map(lambda c: c[places_B].to(plan.device), conditions_N)
+            return _sample_batch(plan, working, conditions_B, ids_B, key, sampling, progress)
 
-        return spread(pictures, len(labels_N), plan.mesh.pictures, batch).float()
+        return spread(pictures, len(tree.leaves(conditions_N)[0]), plan.mesh.pictures, batch).float()
 
 
-def _sample_batch(plan, working, labels_B, ids_B, key, sampling: Sampling, progress) -> Tensor:
-    shape = (plan.shape.channels, plan.shape.size, plan.shape.size)
+def _sample_batch(plan, working, conditions_B, ids_B, key, sampling: Sampling, progress) -> Tensor:
+    shape = plan.shape.sample
     (params, ops), g = working, sampling.guidance
-    scale = g.scale if plan.shape.num_classes else 1.0
+    scale = g.scale if plan.shape.conditional else 1.0
     model = guidance.guided(
         lambda x, t, y: plan.forward(params, x, t, y, ops=ops),
-        labels_B,
-        torch.full_like(labels_B, plan.null_label),
+        conditions_B,
+        tree.map(lambda c, null: null.expand(c.shape), conditions_B, plan.null),
         scale=scale,
         interval=g.interval,
         channels=g.channels,
@@ -68,7 +69,7 @@ def _sample_batch(plan, working, labels_B, ids_B, key, sampling: Sampling, progr
         plan.objective,
         model,
         random.normal(random.fold_in(key, "sample"), shape, ids_B),
-        solver=plans.solver_of(sampling, plan.objective),
+        solver=checks.solver_of(sampling, plan.objective),
         steps=sampling.steps,
         noise_at=lambda i: random.normal(random.fold_in(key, "sample-step", i), shape, ids_B),
         progress=progress,

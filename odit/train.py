@@ -43,7 +43,7 @@ class Draws(NamedTuple):
     """What chance adds to a batch, drawn outside the model: times, noise and which labels are dropped."""
 
     t_B: Tensor
-    noise_BCHW: Tensor
+    noise: Tensor
     dropped_B: Tensor
 
 
@@ -73,13 +73,13 @@ def draw(plan: Plan, ids_B: Tensor, shape: tuple[int, ...], key: random.Key) -> 
     return Draws(t_B, noise, dropped)
 
 
-def digest(ids_B: Tensor, draws: Draws, labels_B: Tensor) -> int:
-    """Sums over samples (modulo 2**64) a hash of the very bits that enter the loss: id, time, noise, label.
+def digest(ids_B: Tensor, draws: Draws, conditions: tree.Tree) -> int:
+    """Sums over samples (modulo 2**64) a hash of the very bits that enter the loss: id, time, noise, condition.
 
     A sample's words are weighed with odd multipliers by position and mixed (splitmix64's finaliser), so that any
     flipped bit changes the sum, and the sum does not depend on the order of samples nor on how they are shared out.
     """
-    parts = (ids_B, draws.t_B, draws.noise_BCHW, draws.dropped_B, labels_B)
+    parts = (ids_B, draws.t_B, draws.noise, draws.dropped_B, *tree.leaves(conditions))
     words = torch.cat([_words(part).reshape(len(ids_B), -1) for part in parts], 1)
     place = torch.arange(words.shape[1], dtype=torch.int64, device=words.device)
     weights = _mix(place * -7046029254386353131 + 1) | 1  # 0x9E3779B97F4A7C15, splitmix64's increment
@@ -99,17 +99,20 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & (2**33 - 1))
 
 
-def losses(plan: Plan, params: tree.Tree, ops: Ops, x_BCHW: Tensor, y_B: Tensor, draws: Draws) -> Tensor:
+def losses(plan: Plan, params: tree.Tree, ops: Ops, x: Tensor, y: tree.Tree, draws: Draws) -> Tensor:
     """Loss a sample (B,), from weights in the working dtype and a record that can run them."""
-    y_B = labels(plan, y_B, draws.dropped_B)
-    return plan.objective.loss(
-        lambda x, t: plan.forward(params, x, t, y_B, ops=ops), x_BCHW, draws.t_B, draws.noise_BCHW
-    )
+    y = conditions(plan, y, draws.dropped_B)
+    return plan.objective.loss(lambda x, t: plan.forward(params, x, t, y, ops=ops), x, draws.t_B, draws.noise)
 
 
-def labels(plan: Plan, y_B: Tensor, dropped_B: Tensor) -> Tensor:
-    """The labels the model sees: the null label where they were dropped."""
-    return torch.where(dropped_B, plan.null_label, y_B)
+def conditions(plan: Plan, y: tree.Tree, dropped_B: Tensor) -> tree.Tree:
+    """The labels or captions the model sees: the null one where they were dropped."""
+    return tree.map(lambda c, null: torch.where(over(dropped_B, c), null, c), y, plan.null)
+
+
+def over(chosen_B: Tensor, c: Tensor) -> Tensor:
+    """A choice a sample, shaped to broadcast against c."""
+    return chosen_B.reshape(-1, *[1] * (c.ndim - 1))
 
 
 def value_and_grad(fn: Callable[[tree.Tree], tuple[Tensor, Any]], params: tree.Tree) -> tuple[Tensor, Any, tree.Tree]:
@@ -236,9 +239,9 @@ def gradients(
     total, all_losses, word = None, [], 0
     parts = micro_batches(batch, plan.micro_batch)
     for number, part in enumerate(parts):
-        ids, x, y = (field.to(plan.device, non_blocking=True) for field in part)
+        ids, x, y = tree.map(lambda field: field.to(plan.device, non_blocking=True), list(part))
         draws = draw(plan, ids, tuple(x.shape[1:]), key)
-        word += digest(ids, draws, labels(plan, y, draws.dropped_B))
+        word += digest(ids, draws, conditions(plan, y, draws.dropped_B))
         sink = None if host is None else host.sink(first=number == 0, last=number == len(parts) - 1)
         loss_B, grads = part_gradients(plan, params, held, x, y, draws, scale, sink)
         all_losses.append(loss_B)
@@ -255,8 +258,8 @@ def part_gradients(
     plan: Plan,
     params: tree.Tree,
     held: zero.Held,
-    x_BCHW: Tensor,
-    y_B: Tensor,
+    x: Tensor,
+    y: tree.Tree,
     draws: Draws,
     scale: float = 1.0,
     sink: zero.Sink | None = None,
@@ -264,7 +267,7 @@ def part_gradients(
     """(loss a sample, gradients) of one micro-batch, by a forward and a backward pass."""
 
     def loss_sum(targets):
-        loss_B = losses(plan, *plan.view(targets, held, sink), x_BCHW, y_B, draws)
+        loss_B = losses(plan, *plan.view(targets, held, sink), x, y, draws)
         # each of the sp ranks computes the same losses whole, and gradients are summed over all ranks
         return loss_B.sum() * (scale / plan.run.global_batch / plan.mesh.sp.size), loss_B.detach()
 
@@ -280,7 +283,8 @@ def add(total: tree.Tree | None, grads: tree.Tree, params: tree.Tree) -> tree.Tr
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
     """Cuts a batch into parts of ``size`` samples."""
-    return [Batch(*parts) for parts in zip(*(field.split(size) for field in batch))]
+    starts = range(0, len(batch.ids_B), size)
+    return [Batch(*tree.map(lambda field, i=i: field[i : i + size], list(batch))) for i in starts]
 
 
 def next_scale(state: LossScale, finite: bool) -> LossScale:

@@ -40,7 +40,7 @@ def validate(
 
     def measured(places_B: Tensor) -> Tensor:
         repeats_B, ids_B = places_B // len(ids), ids[places_B % len(ids)]
-        x, y, read_B = _read(dataset, ids_B, bad)
+        x, y, read_B = _read(plan, dataset, ids_B, bad)
         for other_B in collectives.gather_objects(plan.mesh.sp, read_B) if plan.mesh.sp.size > 1 else ():
             read_B = read_B & other_B  # what one of those that share a sample cannot read is left out by all
         return _measure(plan, working, x, y, read_B, ids_B + (repeats_B << 32))
@@ -62,21 +62,25 @@ def validate(
     return result
 
 
-def _read(dataset: Dataset, ids_B: Tensor, bad: dict[str, str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures, labels and which of them could be read; zeros stand in for the others, which ``bad`` then names."""
+def _read(plan: Plan, dataset: Dataset, ids_B: Tensor, bad: dict[str, str]) -> tuple[Tensor, tree.Tree, Tensor]:
+    """Samples, conditions and which of them could be read; zeros and the null condition stand in for the others, which
+    ``bad`` then names."""
     try:
         return *dataset.read(ids_B), torch.ones(len(ids_B), dtype=torch.bool)
     except BadSample as error:
         if len(ids_B) > 1:
-            x, y, read = zip(*(_read(dataset, one, bad) for one in ids_B.split(1)))
-            return torch.cat(x), torch.cat(y), torch.cat(read)
+            x, y, read = zip(*(_read(plan, dataset, one, bad) for one in ids_B.split(1)))
+            return torch.cat(x), tree.map(lambda *parts: torch.cat(parts), *y), torch.cat(read)
         bad[error.path] = error.reason
-        return torch.zeros(1, *dataset.shape), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool)
+        nothing = tree.map(lambda c: c.cpu(), plan.null)
+        return torch.zeros(1, *dataset.shape), nothing, torch.zeros(1, dtype=torch.bool)
 
 
-def _measure(plan: Plan, working: tuple[tree.Tree, Ops], x: Tensor, y: Tensor, read_B: Tensor, ids_B: Tensor) -> Tensor:
+def _measure(
+    plan: Plan, working: tuple[tree.Tree, Ops], x: Tensor, y: tree.Tree, read_B: Tensor, ids_B: Tensor
+) -> Tensor:
     """A row a sample, fp64: whether it was read, bin of t, loss and, with ``grad_norms``, the norm of its gradient."""
-    x, y, read_B, ids_B = (field.to(plan.device) for field in (x, y, read_B, ids_B))
+    x, y, read_B, ids_B = tree.map(lambda field: field.to(plan.device), [x, y, read_B, ids_B])
     draws = train.draw(plan, ids_B, tuple(x.shape[1:]), KEY)
     with torch.no_grad():
         columns = [read_B, plan.objective.bins(draws.t_B, BINS), train.losses(plan, *working, x, y, draws)]
@@ -86,13 +90,14 @@ def _measure(plan: Plan, working: tuple[tree.Tree, Ops], x: Tensor, y: Tensor, r
 
 
 def sample_grad_norms(
-    plan: Plan, params: tree.Tree, x_BCHW: Tensor, y_B: Tensor, draws: train.Draws, chunk: int = 16
+    plan: Plan, params: tree.Tree, x: Tensor, y: tree.Tree, draws: train.Draws, chunk: int = 16
 ) -> Tensor:
     """Norm of each sample's own gradient over all parameters (B,): vmap of grad, ``chunk`` samples at a time."""
 
     def norm(x, y, t, noise, dropped):
         one = train.Draws(t[None], noise[None], dropped[None])
-        grads = torch.func.grad(lambda p: train.losses(plan, p, plan.ops, x[None], y[None], one).sum())(params)
+        y = tree.map(lambda c: c[None], y)
+        grads = torch.func.grad(lambda p: train.losses(plan, p, plan.ops, x[None], y, one).sum())(params)
         return torch.stack([at_least_fp32(g).square().sum() for g in tree.leaves(grads)]).sum().sqrt()
 
-    return torch.func.vmap(norm, chunk_size=chunk)(x_BCHW, y_B, *draws)
+    return torch.func.vmap(norm, chunk_size=chunk)(x, y, *draws)

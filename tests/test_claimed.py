@@ -43,7 +43,7 @@ def dataset():
 def batches_of(mesh, num):
     """This rank's share of the first batches, in fp64: the loss is computed in the dtype of the samples."""
     found = loader.batches(dataset(), KEY, global_batch=12, stop=num, part=(mesh.dp.rank, mesh.dp.size))
-    return [batch._replace(x_BCHW=batch.x_BCHW.double()) for batch in found]
+    return [batch._replace(x=batch.x.double()) for batch in found]
 
 
 def composed_on(mesh, run, claimed=CLAIMED, dtype=torch.float64):
@@ -306,7 +306,7 @@ def alive_on(mesh, run):
 
     draws = train.draw(composed, batch.ids_B, (1, 8, 8), KEY)
     with mock.patch.object(bundle.Convoy, "finish_gather", finish_gather):
-        train.part_gradients(composed, params, held, batch.x_BCHW, batch.y_B, draws)
+        train.part_gradients(composed, params, held, batch.x, batch.y, draws)
     return max(most), now()
 
 

@@ -14,6 +14,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from odit import compiling, memory, plan, random, sample, train, tree, validate
 from odit.config import Guidance, Sampling
 from odit.data import loader
+from odit.data.dataset import READ_KEY
 from odit.models import dit
 from odit.parallel import spec
 from odit.parallel.mesh import single
@@ -118,7 +119,7 @@ class AsFp64:
     def __init__(self, dataset):
         self.held_out_ids, self.shape, self._read = dataset.held_out_ids, dataset.shape, dataset.read
 
-    def read(self, ids):
+    def read(self, ids, key=READ_KEY):
         x, y = self._read(ids)
         return x.double(), y
 

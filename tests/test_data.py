@@ -15,7 +15,7 @@ from PIL import Image
 
 from odit import data, metrics, random
 from odit.data import folder, loader
-from odit.data.dataset import split
+from odit.data.dataset import READ_KEY, sample_ids, split
 
 KEY = random.key(5)
 
@@ -29,8 +29,8 @@ class Numbers:
         self.bad = set(bad)
         self.train_ids, self.held_out_ids = split(num, held_out)
 
-    def read(self, ids):
-        ids = torch.as_tensor(ids)
+    def read(self, ids, key=READ_KEY):
+        ids = sample_ids(ids)
         for i in ids.tolist():
             if i in self.bad:
                 raise data.BadSample(f"{i}.png", "broken")
@@ -122,7 +122,7 @@ def test_flips_belong_to_the_draw_id():
     ids, x = (torch.cat([b[i] for b in flipped]) for i in (0, 1))
     assert torch.equal(ids, torch.cat([b.ids_B for b in plain]))
     chosen = x[:, 0, 0, 0] > x[:, 0, 0, 1]
-    straight = torch.cat([b.x_BCHW for b in plain])
+    straight = torch.cat([b.x for b in plain])
     assert torch.equal(torch.where(chosen[:, None, None, None], x.flip(-1), x), straight)
     assert 240 < int(chosen.sum()) < 360  # 600 fair draws: 300 +- 5 sigma
     expected = [bool(random.uniform(random.fold_in(KEY, "flip"), (), ids[i : i + 1]) < 0.5) for i in range(40)]
@@ -143,11 +143,11 @@ def test_bad_samples_are_replaced_and_counted_once():
     stand_ins = set()
     for a, b in zip(good, got, strict=True):
         assert torch.equal(a.ids_B, b.ids_B)
-        was_bad = torch.isin(loader.sample_ids(a.ids_B), torch.tensor(bad))
-        assert torch.equal(a.x_BCHW[~was_bad], b.x_BCHW[~was_bad])
-        content = b.x_BCHW[was_bad][:, 0, 0, 0].long()
+        was_bad = torch.isin(sample_ids(a.ids_B), torch.tensor(bad))
+        assert torch.equal(a.x[~was_bad], b.x[~was_bad])
+        content = b.x[was_bad][:, 0, 0, 0].long()
         assert not torch.isin(content, torch.tensor(bad)).any()
-        assert torch.equal(content % 7, b.y_B[was_bad])  # the label comes with the picture
+        assert torch.equal(content % 7, b.y[was_bad])  # the label comes with the picture
         stand_ins |= set(content.tolist())
     assert len(stand_ins) > 5  # not always the same one
 
@@ -156,13 +156,13 @@ def test_replacement_does_not_depend_on_the_batch():
     dataset = Numbers(20, [3, 11, 12])
     by_six = take(dataset, global_batch=6, stop=20)
     by_ten = take(dataset, global_batch=10, stop=12)
-    a, b = (torch.cat([batch.x_BCHW for batch in batches]) for batches in (by_six, by_ten))
+    a, b = (torch.cat([batch.x for batch in batches]) for batches in (by_six, by_ten))
     assert torch.equal(a, b)
 
 
 def test_replacements_are_never_held_out():
     dataset = Numbers(40, range(0, 40, 4), held_out=0.5)
-    seen = torch.cat([b.x_BCHW[:, 0, 0, 0].long() for b in take(dataset, stop=40)])
+    seen = torch.cat([b.x[:, 0, 0, 0].long() for b in take(dataset, stop=40)])
     assert not torch.isin(seen, dataset.held_out_ids).any()
 
 

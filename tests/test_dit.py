@@ -12,7 +12,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from odit import convert, nn, ops, param, random, tree
+from odit import convert, models, nn, ops, param, random, tree
 from odit.models import dit
 from odit.ops import Ops
 
@@ -43,7 +43,7 @@ def drawn(cfg, shape, dtype=F64, seed=0):
 
 def batch(shape, count=3, dtype=F64, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, shape.channels, shape.size, shape.size, generator=generator, dtype=F64).to(dtype)
+    x = torch.randn(count, *shape.sample, generator=generator, dtype=F64).to(dtype)
     t = (torch.rand(count, generator=generator, dtype=F64) * 1000).to(dtype)
     return x, t, torch.randint(shape.num_classes + 1, (count,), generator=generator)
 
@@ -70,7 +70,7 @@ def diffusers_twin(params, cfg, shape):
         model = DiTTransformer2DModel(**{key: value for key, value in config.items() if key[0] != "_"})
     copies = {name: tensor.clone() for name, tensor in state.items()}  # else the blocks would share one embedder
     model.load_state_dict(copies, strict=True, assign=True)
-    side = shape.size // cfg.patch
+    side = shape.size[0] // cfg.patch
     model.pos_embed.pos_embed = nn.sincos_2d(side, side, cfg.width)[None]
     for block in model.transformer_blocks:
         block.norm1.emb.time_proj = ExactTime()
@@ -329,7 +329,7 @@ def test_qk_norm_makes_scores_blind_to_the_size_of_queries():
 
 def test_swiglu_keeps_the_count_of_parameters():
     cfg = dit.sized("b", 2)
-    plain, swiglu = (dit.num_params(dataclasses.replace(cfg, mlp=mlp), SHAPE)[1] for mlp in ("gelu", "swiglu"))
+    plain, swiglu = (models.num_params(dataclasses.replace(cfg, mlp=mlp), SHAPE)[1] for mlp in ("gelu", "swiglu"))
     assert abs(swiglu / plain - 1) < 1e-3
     assert dataclasses.replace(cfg, mlp="swiglu").ffn == 2048
 
@@ -349,7 +349,7 @@ def meta(cfg, shape):
 
 
 def counted_macs(cfg, shape):
-    x, t = torch.empty(1, shape.channels, shape.size, shape.size, device="meta"), torch.empty(1, device="meta")
+    x, t = torch.empty(1, *shape.sample, device="meta"), torch.empty(1, device="meta")
     y = torch.empty(1, dtype=torch.int64, device="meta") if shape.num_classes else None
     with FlopCounterMode(display=False) as counter:
         dit.forward(meta(cfg, shape), x, t, y, cfg)
@@ -360,7 +360,7 @@ def counted_macs(cfg, shape):
 def test_published_sizes(size):
     cfg = dit.sized(size, 2)
     everything, trainable, gmacs = TABLE[size]
-    total, trained = dit.num_params(cfg, IMAGENET)
+    total, trained = models.num_params(cfg, IMAGENET)
     assert digits(total / 1e6, everything) == everything and digits(trained / 1e6, trainable) == trainable
     assert digits(dit.macs(cfg, IMAGENET) / 1e9, gmacs) == gmacs
     assert dit.macs(cfg, IMAGENET) == counted_macs(cfg, IMAGENET)
@@ -371,7 +371,7 @@ def test_published_sizes(size):
 def test_macs_and_parameters_are_those_counted(options, shape):
     cfg = dataclasses.replace(CFG, **options)
     assert dit.macs(cfg, shape) == counted_macs(cfg, shape)
-    assert dit.num_params(cfg, shape)[1] == sum(leaf.numel() for leaf in tree.leaves(drawn(cfg, shape)))
+    assert models.num_params(cfg, shape)[1] == sum(leaf.numel() for leaf in tree.leaves(drawn(cfg, shape)))
 
 
 # --- what must hold ---
@@ -576,7 +576,7 @@ def test_the_first_call_does_not_spoil_the_cached_tables(positions, first):
     dit._positions.cache_clear()
     first(lambda x: dit.forward(params, x, t, y, cfg), x)
     assert dit._positions.cache_info().currsize == 1
-    table, rotary = dit._positions(cfg, 4, 4, x.device, x.dtype)
+    table, rotary = dit._positions(cfg, (8, 8), x.device, x.dtype)
     assert dit._positions.cache_info().hits == 1
     for made in (*rotary, *([] if table is None else [table])):
         assert type(made) is torch.Tensor and made.device == x.device and not made.is_inference()

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 from test_ranks_inference import BATCH, RUN, composed_on, opened, share, torchrun
 
-from odit import checkpoint, config, diffusion, plan, random, sample
+from odit import checkpoint, checks, config, diffusion, plan, random, sample
 from odit.config import Guidance, Parallel, Sampling
+from odit.models.config import Shape
 from odit.parallel.mesh import check_mesh, single
 
 NUM = 13  # pictures, which neither one pair nor two draw in equal batches
@@ -113,16 +114,16 @@ def first_noise(mesh):
 def test_refusals(changes, world, told):
     run = dataclasses.replace(RUN, parallel=Parallel(cfg=2), **changes)
     with pytest.raises(ValueError, match=told):
-        plan.check(run, world=world)
+        checks.check(run, world=world)
 
 
 def test_data_without_classes_is_refused():
     run = dataclasses.replace(RUN, parallel=Parallel(cfg=2))
-    with pytest.raises(ValueError, match=r"parallel.cfg is 2 but the data has 0 classes, .*: use parallel.cfg 1"):
-        plan.check(run, plan.dit.Shape(1, 8, 0), world=2)
+    with pytest.raises(ValueError, match=r"parallel.cfg is 2 but the data has 0 classes and no captions, .*: use parallel.cfg 1"):
+        checks.check(run, Shape(1, 8, 0), world=2)
     folder = config.presets()["folder"][1]
     folder = dataclasses.replace(folder, data=dataclasses.replace(folder.data, path="x"), parallel=Parallel(cfg=2))
-    plan.check(folder, world=2)  # a folder's classes are not known before it is opened
+    checks.check(folder, world=2)  # a folder's classes are not known before it is opened
 
 
 def test_an_odd_dp_beside_sp():

@@ -10,8 +10,9 @@ ROOT = Path(__file__).parent.parent
 PURE = {
     *("tree", "random", "param", "ops", "nn", "models", "diffusion", "optim", "data", "metrics", "convert", "config"),
     "compiling",
+    "encoders",
 }
-BOTH_SIDES = {"plan", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"}
+BOTH_SIDES = {"plan", "checks", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"}
 ALLOWED = {
     "kernels": {"ops", "tree", "kernels"},
     "parallel": {"ops", "tree", "param", "random", "optim", "parallel"},

@@ -7,9 +7,8 @@ import pytest
 import torch
 from test_zero import KEY, fp64_plan, fp64_state, with_
 
-from odit import config, data, memory, optim, plan, random, train, tree
+from odit import config, data, memory, models, optim, plan, random, train, tree
 from odit.data import loader
-from odit.models import dit
 from odit.parallel import mesh, offload, zero
 from odit.param import Param, zeros
 
@@ -73,7 +72,7 @@ def test_a_step_that_does_not_count_changes_no_bit(stage, clip):
     state, step = fp64_state(composed), train.make_step(composed)
     batch, following = loader.batches(dataset, KEY, global_batch=composed.run.global_batch, stop=2)
     before = tree.map(torch.clone, [state.params, state.opt.m, state.opt.v, state.ema])
-    bad = batch._replace(x_BCHW=batch.x_BCHW.clone().index_fill_(0, torch.tensor([20]), math.nan))
+    bad = batch._replace(x=batch.x.clone().index_fill_(0, torch.tensor([20]), math.nan))
     state, metrics = step(state, bad, KEY)
     assert metrics["bad"].startswith("grad.") and int(state.opt.count) == 0 and state.step == 1
     after = [state.params, state.opt.m, state.opt.v, state.ema]
@@ -149,7 +148,7 @@ def planned(stage, world=1, **changes):
     axis = mesh.Axis("all", world, 0, None, tuple(range(world)))
     many = dataclasses.replace(mesh.single(), world=world, dp=axis, all=axis)
     composed = plan.make(run, data.open_dataset(run.data), many)
-    return memory.predict(composed), dit.num_params(run.model, composed.shape)[1]
+    return memory.predict(composed), models.num_params(run.model, composed.shape)[1]
 
 
 def test_weighing_counts_what_is_alive():

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from odit import config, data, diffusion, optim, plan
+from odit import checks, config, data, diffusion, optim
 from odit.config import Guidance, Parallel, Sampling
 from odit.models import dit
 
@@ -101,8 +101,8 @@ def test_wrong_settings_are_refused_in_one_sentence(changes, key, found, fix):
     began = time.perf_counter()
     with pytest.raises(ValueError, match=rf"(?s)^[^\n]*{key}[^\n]*{found}[^\n]*{fix}[^\n]*$"):
         run = changed(**changes)
-        plan.check(run)
-        plan.pick_device(run.device)
+        checks.check(run)
+        checks.pick_device(run.device)
     assert time.perf_counter() - began < 1
 
 
@@ -133,7 +133,7 @@ WRONG_ON_RANKS = [
 @pytest.mark.parametrize("changes, world, key, found, fix", WRONG_ON_RANKS)
 def test_wrong_layouts_are_refused_in_one_sentence(changes, world, key, found, fix):
     with pytest.raises(ValueError, match=rf"(?s)^[^\n]*{key}[^\n]*{found}[^\n]*{fix}[^\n]*$"):
-        plan.check(changed(**changes), world=world)
+        checks.check(changed(**changes), world=world)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_wrong_layouts_are_refused_in_one_sentence(changes, world, key, found, f
 )
 def test_a_degree_that_was_not_asked_for_is_explained(changes, world, found, fix):
     with pytest.raises(ValueError, match=rf"{found}.*global_batch \d+ does not divide over {world} ranks.*{fix}"):
-        plan.check(changed(**changes), world=world)
+        checks.check(changed(**changes), world=world)
 
 
 def test_what_a_resumed_run_may_change():
@@ -158,17 +158,17 @@ def test_what_a_resumed_run_may_change():
 
 def test_degrees():
     """Samples are shared before tokens are, and tokens by as few ranks as the global batch of 96 allows."""
-    told = {world: plan.divide(DIGITS, world) for world in (1, 4, 5, 8, 9, 64)}
+    told = {world: checks.divide(DIGITS, world) for world in (1, 4, 5, 8, 9, 64)}
     assert told == {1: (1, 1), 4: (4, 1), 5: (1, 5), 8: (8, 1), 9: (3, 3), 64: (32, 2)}
-    assert plan.axes(changed(parallel=Parallel(sp=8, sequence="usp")), 16) == dict(dp=2, sp=8, ulysses=4, cfg=1)
-    assert plan.divide(changed(parallel=Parallel(dp=2)), 8) == (2, 4)
+    assert checks.axes(changed(parallel=Parallel(sp=8, sequence="usp")), 16) == dict(dp=2, sp=8, ulysses=4, cfg=1)
+    assert checks.divide(changed(parallel=Parallel(dp=2)), 8) == (2, 4)
 
 
 def test_every_preset_passes_its_checks():
     for name, (_, run) in config.presets().items():
         if name == "folder":
             run = dataclasses.replace(run, data=dataclasses.replace(run.data, path="pictures"))
-        plan.check(run)
+        checks.check(run)
 
 
 def test_json_gives_the_config_back():

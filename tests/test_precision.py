@@ -205,10 +205,10 @@ def bad_step_on(mesh, run, fault, culprit):
     batches = [share_of(run, i, mesh.dp.rank, mesh.dp.size) for i in range(3)]
     state, first = train.make_step(composed)(state, batches[0], KEY)  # so that moments and EMA are not zero
     before = [leaf.clone() for leaf in leaves_of(state)]
-    x = batches[1].x_BCHW.clone()
+    x = batches[1].x.clone()
     if fault != "element" and mine:
         x[1, 0, 2, 3] = {"large": 3e4, "input": math.inf}[fault]
-    skipped, metrics = train.make_step(bad)(state, batches[1]._replace(x_BCHW=x), KEY)
+    skipped, metrics = train.make_step(bad)(state, batches[1]._replace(x=x), KEY)
     unchanged = all(torch.equal(a, b) for a, b in zip(before, leaves_of(skipped), strict=True))
     count = int(skipped.opt.count)
     last, after = train.make_step(composed)(skipped, batches[2], KEY)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from odit import checkpoint, config, data, evaluate, metrics, optim, plan, random, sample, tree, validate
 from odit.data import BadSample, DataError
+from odit.data.dataset import READ_KEY
 from odit.models import dit
 from odit.parallel.mesh import single
 
@@ -42,7 +43,7 @@ class Few:
         self.train_ids = self.digits.train_ids[:200]
         self.bad = {int(self.held_out_ids[place]): f"held-out {place}" for place in bad}
 
-    def read(self, ids):
+    def read(self, ids, key=READ_KEY):
         for one in torch.as_tensor(ids).tolist():
             if one in self.bad:
                 raise BadSample(self.bad[one], "torn")
@@ -235,7 +236,7 @@ def evaluated_on(mesh, stage=0):
 class FewFloats(Few):
     """The same in fp32, for the judge."""
 
-    def read(self, ids):
+    def read(self, ids, key=READ_KEY):
         x, y = super().read(ids)
         return x.float(), y
 

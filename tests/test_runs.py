@@ -181,7 +181,7 @@ def test_ten_bad_steps_in_a_row_end_the_run(tiny, monkeypatch):
 
     def poisoned(*args, **kwargs):
         for batch in whole(*args, **kwargs):
-            yield batch._replace(x_BCHW=batch.x_BCHW * float("nan"))
+            yield batch._replace(x=batch.x * float("nan"))
 
     monkeypatch.setattr(train_script.loader, "batches", poisoned)
     with pytest.raises(NumericError, match=r"10 steps in a row up to 10 were not finite, the last in grad\.patch\.w"):

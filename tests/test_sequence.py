@@ -56,7 +56,7 @@ def video_dit(length, heads):
 
     def run(params, ids_B, ops):
         clips = drawn("clip", (frames, 2, 2, 2 * length // frames), ids_B)
-        tokens = nn.patchify(clips.flatten(0, 1), 2).unflatten(0, (len(ids_B), frames)).flatten(1, 2)
+        tokens = nn.patchify(clips.transpose(1, 2), 2)
         x, tables = ops.enter(linear(tokens, params["patch"]), *rotary_3d(frames, length // frames))
         c_BD = nn.embed_timestep(drawn("t", (), ids_B), params["time"])
         x = ops.layers(dit.make_block(cfg, ops), params["blocks"], x, c_BD, tables)
@@ -91,7 +91,7 @@ def time_space(length, heads):
     frames = 4 if length % 4 == 0 else 7
     positions = -(-length // frames)
     cfg = dit.Config(width=24, depth=4, heads=heads, patch=2)
-    declared = latte.declare(cfg, dit.Shape(1, 2, 5))
+    declared = latte.declare(cfg, dit.Shape(1, (frames, 2, 2 * positions), 5))
 
     def run(params, ids_B, ops):
         clips = drawn("clip", (1, frames, 2, 2 * positions), ids_B)
@@ -320,7 +320,7 @@ def moved(mesh, name, length, heads):
     mine = (BATCH, tokens[mesh.sp.rank], *([length] if name == "dsp" else []), cfg.width)
     x, c = torch.randn(mine, dtype=torch.float64, requires_grad=True), torch.randn(BATCH, cfg.width).double()
     with collectives.recording() as forward:
-        y = pair(p, x, c) if name == "dsp" else pair(p, x, c, ())
+        y = pair(p, x, c, ())
     with collectives.recording() as backward:
         torch.autograd.grad(y.sum(), [x, *tree.leaves(p)])
     place = Place(mesh, case.length, heads, frames)

@@ -52,15 +52,15 @@ def test_gradients_are_those_of_the_mean_loss(tiny, make_plan, digits):
     params = tree.map(torch.Tensor.double, train.init_state(plan, KEY).params)
     plan = dataclasses.replace(plan, dtype=torch.float64)
     (batch,) = batches(digits, 1)
-    batch = batch._replace(x_BCHW=batch.x_BCHW.double())
+    batch = batch._replace(x=batch.x.double())
     loss_B, grads, _ = train.gradients(plan, params, batch, KEY)
 
     draws = train.draw(plan, batch.ids_B, (1, 8, 8), KEY)
     leaves = [p.requires_grad_() for p in tree.leaves(params)]
     total = 0.0
     for i in range(96):
-        t, x, noise = draws.t_B[i].double(), batch.x_BCHW[i : i + 1], draws.noise_BCHW[i : i + 1].double()
-        label = 10 if draws.dropped_B[i] else int(batch.y_B[i])
+        t, x, noise = draws.t_B[i].double(), batch.x[i : i + 1], draws.noise[i : i + 1].double()
+        label = 10 if draws.dropped_B[i] else int(batch.y[i])
         out = dit.forward(
             params, t * x + (1 - t) * noise, draws.t_B[i : i + 1] * 1000, torch.tensor([label]), tiny.model
         )
@@ -95,12 +95,12 @@ def test_digest_sees_every_bit_and_no_order():
 
     seen = {word}
     for bit in range(32):
-        noise = draws.noise_BCHW.clone()
+        noise = draws.noise.clone()
         noise.view(torch.int32)[2, 0, 1, 3] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)
-        seen.add(train.digest(ids, draws._replace(noise_BCHW=noise), y))
-    swapped = draws.noise_BCHW[torch.tensor([1, 0, 2, 3, 4, 5])]
+        seen.add(train.digest(ids, draws._replace(noise=noise), y))
+    swapped = draws.noise[torch.tensor([1, 0, 2, 3, 4, 5])]
     dropped = torch.tensor([True] + 5 * [False])
-    seen.add(train.digest(ids, draws._replace(noise_BCHW=swapped), y))
+    seen.add(train.digest(ids, draws._replace(noise=swapped), y))
     seen.add(train.digest(ids, draws._replace(dropped_B=dropped), y))
     seen.add(train.digest(ids + 6, draws, y))
     seen.add(train.digest(ids, draws, y.flip(0)))
@@ -180,9 +180,9 @@ def test_a_non_finite_batch_changes_nothing_and_is_named(tiny, make_plan, digits
     state, _ = run_steps(plan, digits, 2)
     kept = [flat(t).clone() for t in (state.params, state.opt.m, state.opt.v, state.ema)]
     (batch,) = batches(digits, 3, 2)
-    x = batch.x_BCHW.clone()
+    x = batch.x.clone()
     x[17, 0, 3, 3] = float("nan")
-    state, metrics = train.make_step(plan)(state, Batch(batch.ids_B, x, batch.y_B), KEY)
+    state, metrics = train.make_step(plan)(state, Batch(batch.ids_B, x, batch.y), KEY)
     assert metrics["bad"] == "grad.patch.w"
     assert state.step == 3 and int(state.opt.count) == 2
     for t, before in zip((state.params, state.opt.m, state.opt.v, state.ema), kept):
@@ -213,7 +213,7 @@ def test_sample_gradient_norms_equal_a_loop(tiny, make_plan, digits):
     ids = digits.held_out_ids[:20]
     x, y = digits.read(ids)
     draws = train.draw(plan, ids, (1, 8, 8), KEY)
-    x, draws = x.double(), draws._replace(noise_BCHW=draws.noise_BCHW.double())
+    x, draws = x.double(), draws._replace(noise=draws.noise.double())
     norms = validate.sample_grad_norms(plan, params, x, y, draws, chunk=8)
     for i in range(20):
         one = train.Draws(*(d[i : i + 1] for d in draws))

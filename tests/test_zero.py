@@ -291,7 +291,7 @@ def most_alive(mesh, run):
     held = composed.layout.hold(state.params)
     draws = train.draw(composed, batch.ids_B, (1, 8, 8), KEY)
     with mock.patch.multiple(zero.Bundle, start_gather=start_gather, finish_gather=finish_gather):
-        train.part_gradients(composed, state.params, held, batch.x_BCHW, batch.y_B, draws)
+        train.part_gradients(composed, state.params, held, batch.x, batch.y, draws)
     return peak[0], gathers[0]
 
 

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from odit.data.dataset import BadSample, Batch, DataError, Dataset
 
-__all__ = ["BadSample", "Batch", "Config", "DataError", "Dataset", "check", "open_dataset"]
+__all__ = ["BadSample", "Batch", "Config", "DataError", "Dataset", "captioned", "check", "expected", "open_dataset"]
 
-Source = Literal["digits", "folder", "synthetic"]
+Source = Literal["digits", "digits-text", "moving-digits", "folder", "table", "tars", "synthetic"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Where pictures come from."""
+    """Where pictures, clips and what is said of them come from."""
 
     source: Source = "digits"
-    """scikit-learn's 8 x 8 digits, pictures under --data.path, or random latents to measure speed with."""
+    """digits, digits-text, moving-digits: scikit-learn's digits, with classes, with captions, as clips with captions;
+    folder: pictures, a sub-folder a class; table: CSV, JSONL, parquet or Hugging Face rows of path and caption; tars:
+    webdataset shards; synthetic: random latents to measure speed with."""
     path: Path | None = None
-    """Folder of pictures, one sub-folder a class, or flat for no classes (folder only)."""
+    """Folder of pictures (a sub-folder a class, or flat for no classes), table, or shards such as 'a/{00..09}.tar'."""
     image_size: int | None = None
-    """Side of the square pictures: required for folder, 32 for synthetic latents unless given, always 8 for digits."""
+    """Height, and width unless that is given; 32 for synthetic latents and 16 for moving-digits unless given."""
+    image_width: int | None = None
+    """Width, where pictures are not square."""
+    frames: int | None = None
+    """Frames of a clip; pictures unless given. 16 for moving-digits unless given."""
+    interval: int = 1
+    """Frames of the film from one frame of a clip to the next (table, tars)."""
+    caption: str | None = None
+    """Column or file suffix of the captions: 'caption' in a table, 'txt' in tars unless given."""
+    label: str | None = None
+    """Column or file suffix of classes, to train with these instead of captions (table, tars)."""
     channels: int | None = None
     """Channels of a latent, 4 unless given (synthetic only)."""
     num_classes: int | None = None
@@ -38,55 +51,115 @@ class Config:
     """Fraction of the samples read that may be bad before the run stops; 10 bad samples are always allowed."""
 
 
+DIGITS = ("digits", "digits-text", "moving-digits")
+SIZED = ["path", "image_size", "image_width"]
+USED = {
+    "digits": ["image_size"],
+    "digits-text": ["image_size"],
+    "moving-digits": ["image_size", "frames"],
+    "folder": SIZED,
+    "table": [*SIZED, "frames", "interval", "caption", "label"],
+    "tars": [*SIZED, "frames", "interval", "caption", "label"],
+    "synthetic": ["image_size", "image_width", "frames", "channels", "num_classes"],
+}
+
+
 def check(cfg: Config) -> None:
     """Refuses settings no run can use, without looking at the data; raises ValueError with key, value and a fix."""
     if cfg.source not in get_args(Source):
         raise ValueError(f"data.source is {cfg.source!r}: use one of {', '.join(get_args(Source))}")
-    used = {
-        "digits": ["image_size"],
-        "folder": ["path", "image_size"],
-        "synthetic": ["image_size", "channels", "num_classes"],
-    }
-    for name in ("path", "image_size", "channels", "num_classes"):
+    for name in (*SIZED, "frames", "interval", "caption", "label", "channels", "num_classes"):
         value = getattr(cfg, name)
-        if value is not None and name not in used[cfg.source]:
-            value = repr(str(value)) if name == "path" else value
-            where = " or ".join(source for source in used if name in used[source])
+        if value != getattr(Config, name) and name not in USED[cfg.source]:
+            value = repr(str(value)) if isinstance(value, (Path, str)) else value
+            where = " or ".join(source for source in USED if name in USED[source])
             raise ValueError(
                 f"data.{name} is {value}, which data.source {cfg.source} has no use for: leave it out or use {where}"
             )
-    if cfg.source == "digits" and cfg.image_size not in (None, 8):
-        raise ValueError(f"data.image_size is {cfg.image_size} but digits are 8 x 8: leave it out")
-    if cfg.source == "digits" and cfg.flip:
-        raise ValueError("data.flip is on but a mirrored digit is no digit: use --data.no-flip with data.source digits")
-    if cfg.source == "folder" and cfg.path is None:
-        raise ValueError("data.path is not given but data.source is folder: give the folder of pictures")
-    if cfg.source == "folder" and cfg.image_size is None:
-        raise ValueError("data.image_size is not given but data.source is folder: give a side in pixels such as 256")
-    for name, least in (("image_size", 1), ("channels", 1), ("num_classes", 0), ("workers", 0)):
+    _check_digits(cfg)
+    if "path" in USED[cfg.source]:
+        what = {"folder": "folder of pictures", "table": "table's file", "tars": "shards"}[cfg.source]
+        if cfg.path is None:
+            raise ValueError(f"data.path is not given but data.source is {cfg.source}: give the {what}")
+        if cfg.image_size is None:
+            raise ValueError(
+                f"data.image_size is not given but data.source is {cfg.source}: give a side in pixels such as 256"
+            )
+    for name in ("image_size", "image_width", "frames", "interval", "channels", "num_classes", "workers"):
+        bound = 0 if name in ("num_classes", "workers") else 1
         value = getattr(cfg, name)
-        if value is not None and value < least:
-            raise ValueError(f"data.{name} is {value}: use {least} or more")
+        if value is not None and value < bound:
+            raise ValueError(f"data.{name} is {value}: use {bound} or more")
+    if cfg.caption is not None and cfg.label is not None:
+        raise ValueError(
+            f"data.caption is {cfg.caption!r} and data.label is {cfg.label!r}: "
+            "a model has captions or classes, give one"
+        )
     if not (math.isfinite(cfg.held_out) and 0 <= cfg.held_out < 1):
         raise ValueError(f"data.held_out is {cfg.held_out}: use a fraction in [0, 1) such as 0.1")
     if not (math.isfinite(cfg.bad_budget) and 0 <= cfg.bad_budget <= 1):
         raise ValueError(f"data.bad_budget is {cfg.bad_budget}: use a fraction in [0, 1] such as 0.01")
 
 
-def open_dataset(cfg: Config) -> Dataset:
-    """Opens the dataset that ``cfg`` names; raises ValueError as ``check``, DataError for a folder without pictures."""
+def _check_digits(cfg: Config) -> None:
+    if cfg.source in ("digits", "digits-text") and cfg.image_size not in (None, 8):
+        raise ValueError(f"data.image_size is {cfg.image_size} but digits are 8 x 8: leave it out")
+    if cfg.source == "moving-digits" and (cfg.image_size or 16) < 16:
+        raise ValueError(f"data.image_size is {cfg.image_size}, where a digit of 8 x 8 has no room: use 16 or more")
+    if cfg.source == "moving-digits" and (cfg.frames or 16) < 2:
+        raise ValueError(f"data.frames is {cfg.frames}, in which nothing moves: use 2 or more")
+    if cfg.source in DIGITS and cfg.flip:
+        raise ValueError(
+            f"data.flip is on but a mirrored digit is no digit: use --data.no-flip with data.source {cfg.source}"
+        )
+
+
+def captioned(cfg: Config) -> bool:
+    """Whether samples come with captions."""
+    return cfg.source in ("digits-text", "moving-digits") or (cfg.source in ("table", "tars") and cfg.label is None)
+
+
+def expected(cfg: Config) -> tuple[int, tuple[int, ...], int]:
+    """(channels, size, classes) as far as the settings tell them: a folder's classes are not known yet, hence 0."""
+    if cfg.source in ("digits", "digits-text"):
+        return 1, (8, 8), 10 if cfg.source == "digits" else 0
+    default = {"moving-digits": 16, "synthetic": 32}.get(cfg.source, 0)
+    frames = 16 if cfg.source == "moving-digits" and cfg.frames is None else cfg.frames
+    height = cfg.image_size or default
+    size = (*([frames] if frames else []), height, cfg.image_width or height)
+    if cfg.source == "moving-digits":
+        return 1, size, 0
+    if cfg.source == "synthetic":
+        return cfg.channels or 4, size, 1000 if cfg.num_classes is None else cfg.num_classes
+    return 3, size, 0
+
+
+def open_dataset(cfg: Config, tokenize: Callable[[list[str]], dict[str, Any]] | None = None) -> Dataset:
+    """Opens the dataset that ``cfg`` names; raises ValueError as ``check``, DataError where there is nothing to read.
+
+    Args:
+        tokenize: turns captions into tensors with B first; for data that has some.
+    """
     check(cfg)
+    assert (tokenize is not None) == captioned(cfg), "captions and what reads them come together"
+    channels, size, num_classes = expected(cfg)
     if cfg.source == "digits":
         from odit.data.digits import Digits
 
         return Digits(cfg.held_out)
+    if cfg.source == "digits-text":
+        from odit.data.captioned import DigitsText
+
+        return DigitsText(cfg.held_out, tokenize)
+    if cfg.source == "moving-digits":
+        from odit.data.moving import MovingDigits
+
+        return MovingDigits(cfg.held_out, tokenize, *size[:2])
     if cfg.source == "folder":
         from odit.data.folder import Folder
 
-        assert cfg.path is not None and cfg.image_size is not None  # check saw to it
-        return Folder(cfg.path, cfg.image_size, cfg.held_out)
+        assert cfg.path is not None  # check saw to it
+        return Folder(cfg.path, size, cfg.held_out)
     from odit.data.synthetic import Synthetic
 
-    size = 32 if cfg.image_size is None else cfg.image_size
-    shape = (4 if cfg.channels is None else cfg.channels, size, size)
-    return Synthetic(shape, 1000 if cfg.num_classes is None else cfg.num_classes, cfg.held_out)
+    return Synthetic((channels, *size), num_classes, cfg.held_out)

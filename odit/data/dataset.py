@@ -8,10 +8,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from odit import random
+from odit import random, tree
 
 # The split belongs to the data, not to a run: this key never changes.
 SPLIT_KEY = random.fold_in(random.key(0), "odit.data split")
+# What chance decides in reading where no run is: validation, and data sets looked at by themselves.
+READ_KEY = random.fold_in(random.key(0), "odit.data read")
 
 
 class DataError(ValueError):
@@ -34,17 +36,17 @@ class Batch(NamedTuple):
 
     ids_B: Tensor
     """int64 draw ids, epoch * 2**32 + sample id: unique in a run."""
-    x_BCHW: Tensor
-    """fp32 pictures in [-1, 1] (synthetic latents: standard normal)."""
-    y_B: Tensor
-    """int64 labels in [0, num_classes), all 0 where there are no classes."""
+    x: Tensor
+    """fp32 pictures (B, C, H, W) or clips (B, C, T, H, W) in [-1, 1] (synthetic latents: standard normal)."""
+    y: tree.Tree
+    """int64 labels (B,) in [0, num_classes), all 0 where there are no classes; or captions, a dict of tensors."""
 
 
 class Dataset(Protocol):
     """A finite set of samples, numbered from 0; picklable, so that worker processes can have it."""
 
-    shape: tuple[int, int, int]
-    """(C, H, W) of one sample."""
+    shape: tuple[int, ...]
+    """(C, H, W) of a picture, (C, T, H, W) of a clip."""
     num_classes: int
     """0 where samples have no class."""
     class_names: list[str]
@@ -54,13 +56,22 @@ class Dataset(Protocol):
     held_out_ids: Tensor
     """int64 sample ids kept for validation, ascending."""
 
-    def read(self, ids: list[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """Reads samples: x (B, C, H, W) fp32 and y (B,) int64; raises BadSample for the first that cannot be read."""
+    def read(self, ids: list[int] | Tensor, key: random.Key = READ_KEY) -> tuple[Tensor, tree.Tree]:
+        """Reads samples by their draw ids, of which a sample's own id is that of epoch 0: x (B, *shape) fp32 and y.
+
+        What chance decides, such as where in a film a clip starts, is a function of key and draw id. Raises BadSample
+        for the first that cannot be read.
+        """
         ...
 
     def fingerprint(self) -> str:
         """Hashes what the samples are, so that a resumed run can refuse other data."""
         ...
+
+
+def sample_ids(ids: list[int] | Tensor) -> Tensor:
+    """Recovers sample ids from draw ids."""
+    return torch.as_tensor(ids, dtype=torch.int64) & random.MASK
 
 
 def split(num: int, held_out: float) -> tuple[Tensor, Tensor]:

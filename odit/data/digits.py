@@ -7,7 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from odit.data.dataset import split
+from odit import random
+from odit.data.dataset import READ_KEY, sample_ids, split
 
 # scikit-learn has them from Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits" (UCI, 1998), test part.
 
@@ -25,9 +26,9 @@ class Digits:
         self.y_N = torch.from_numpy(labels).long()
         self.train_ids, self.held_out_ids = split(len(self.y_N), held_out)
 
-    def read(self, ids: list[int] | Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, ids: list[int] | Tensor, key: random.Key = READ_KEY) -> tuple[Tensor, Tensor]:
         """Copies samples out of memory."""
-        ids = torch.as_tensor(ids, dtype=torch.int64)
+        ids = sample_ids(ids)
         return self.x_NCHW[ids], self.y_N[ids]
 
     def fingerprint(self) -> str:

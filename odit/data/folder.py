@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from odit.data.dataset import BadSample, DataError, split
+from odit import random
+from odit.data.dataset import READ_KEY, BadSample, DataError, sample_ids, split
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 64_000_000
@@ -29,16 +30,17 @@ MAX_ASPECT = 20
 class Folder:
     """Pictures under ``path``, sorted by class and then by name; their sizes and pixels are looked at when needed."""
 
-    def __init__(self, path: Path, image_size: int, held_out: float):
-        self.path, self.shape = Path(path), (3, image_size, image_size)
+    def __init__(self, path: Path, size: int | tuple[int, ...], held_out: float):
+        height, width = (size, size) if isinstance(size, int) else size
+        self.path, self.shape = Path(path), (3, height, width)
         self.class_names, self.names, labels = find_pictures(self.path)
         self.num_classes = len(self.class_names)
         self.y_N = torch.tensor(labels, dtype=torch.int64)
         self.train_ids, self.held_out_ids = split(len(self.names), held_out)
 
-    def read(self, ids: list[int] | Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, ids: list[int] | Tensor, key: random.Key = READ_KEY) -> tuple[Tensor, Tensor]:
         """Decodes pictures; raises BadSample(path, reason) for the first that cannot be used."""
-        ids = torch.as_tensor(ids, dtype=torch.int64)
+        ids = sample_ids(ids)
         pictures = [read_picture(self.path / self.names[i], self.shape[-1]) for i in ids.tolist()]
         return torch.stack(pictures), self.y_N[ids]
 

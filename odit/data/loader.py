@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from odit import random
+from odit import random, tree
 from odit.data.dataset import BadSample, Batch, DataError, Dataset
 
 MAX_ATTEMPTS = 64  # substitutes tried for one sample; if this many are bad in a row, the data is
@@ -80,29 +80,24 @@ def draw_ids(train_ids: Tensor, key: random.Key, positions: Tensor) -> Tensor:
     return (epoch << 32) + train_ids[random.permutation(key_of_position, num, positions % num)]
 
 
-def sample_ids(draw_ids_B: Tensor) -> Tensor:
-    """Recovers sample ids from draw ids."""
-    return draw_ids_B & random.MASK
-
-
 def substitute(train_ids: Tensor, key: random.Key, draw_id: int, attempt: int) -> int:
     """Chooses the sample id that stands in for a bad sample; a function of the arguments, nothing else."""
     word = random.fold_in(key, "substitute", draw_id, attempt).lo
     return int(train_ids[word % len(train_ids)])
 
 
-def mirror(x_BCHW: Tensor, key: random.Key, ids_B: Tensor) -> Tensor:
+def mirror(x: Tensor, key: random.Key, ids_B: Tensor) -> Tensor:
     """Mirrors half of the samples left to right, chosen by draw id."""
     chosen_B = random.uniform(random.fold_in(key, "flip"), (), ids_B) < 0.5
-    return torch.where(chosen_B[:, None, None, None], x_BCHW.flip(-1), x_BCHW)
+    return torch.where(chosen_B.reshape(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
 
 
 class Reading(NamedTuple):
     """One share as it was read."""
 
     ids_B: Tensor
-    samples: tuple[Tensor, Tensor] | None
-    """x (B, C, H, W) and y (B,); None when every attempt at one of them failed."""
+    samples: tuple[Tensor, tree.Tree] | None
+    """x and y; None when every attempt at one of them failed."""
     bad: list[tuple[str, str]]
     """(path, reason) of what was met on the way."""
 
@@ -112,7 +107,7 @@ def read_share(dataset: Dataset, key: random.Key, ids_B: Tensor) -> Reading:
     xs, ys, bad = [], [], []
     for ids in ids_B.split(READ_CHUNK):
         try:
-            read = [dataset.read(sample_ids(ids))]
+            read = [dataset.read(ids, key)]
         except BadSample:
             read = [_read_one(dataset, key, draw_id, bad) for draw_id in ids.tolist()]
         for sample in read:
@@ -120,14 +115,14 @@ def read_share(dataset: Dataset, key: random.Key, ids_B: Tensor) -> Reading:
                 return Reading(ids_B, None, bad)
             xs.append(sample[0])
             ys.append(sample[1])
-    return Reading(ids_B, (torch.cat(xs), torch.cat(ys)), bad)
+    return Reading(ids_B, (torch.cat(xs), tree.map(lambda *parts: torch.cat(parts), *ys)), bad)
 
 
-def _read_one(dataset: Dataset, key: random.Key, draw_id: int, bad: list) -> tuple[Tensor, Tensor] | None:
-    sample_id = draw_id & random.MASK
+def _read_one(dataset: Dataset, key: random.Key, draw_id: int, bad: list) -> tuple[Tensor, tree.Tree] | None:
+    epoch, sample_id = draw_id & ~random.MASK, draw_id & random.MASK
     for attempt in range(MAX_ATTEMPTS):
         try:
-            return dataset.read([sample_id])
+            return dataset.read([epoch + sample_id], key)
         except BadSample as error:
             bad.append((error.path, error.reason))
             sample_id = substitute(dataset.train_ids, key, draw_id, attempt)
@@ -148,8 +143,8 @@ def _batches(dataset, key, shares, workers, flip, bad_budget, on_bad) -> Iterato
         num_read = min(num_read + len(reading.ids_B), len(dataset.train_ids))
         if reading.samples is None or len(bad) > max(ALWAYS_ALLOWED, bad_budget * num_read):
             raise DataError(_over_budget(bad, num_read, bad_budget))
-        x_BCHW, y_B = reading.samples
-        yield Batch(reading.ids_B, mirror(x_BCHW, key, reading.ids_B) if flip else x_BCHW, y_B)
+        x, y = reading.samples
+        yield Batch(reading.ids_B, mirror(x, key, reading.ids_B) if flip else x, y)
 
 
 def _over_budget(bad: dict[str, str], num_read: int, bad_budget: float) -> str:

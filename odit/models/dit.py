@@ -1,144 +1,70 @@
-"""The Diffusion Transformer with adaLN-Zero (Peebles and Xie 2023, "Scalable Diffusion Models with Transformers").
+"""The Diffusion Transformer (Peebles and Xie 2023, "Scalable Diffusion Models with Transformers") of images and video.
 
-Defaults are exactly the paper's model and facebookresearch/DiT. Letters: B samples, C channels, L tokens, D width,
-H heads, K head size, F ffn width, V classes, P values a patch.
+Defaults are exactly the paper's model and facebookresearch/DiT. A clip's tokens are those of all its frames. Letters:
+B samples, C channels, T frames, L tokens, D width, H heads, K head size, F ffn width, V classes, P values a patch,
+S tokens of a caption, E their width.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from odit import nn, param
-from odit.ops import EPS, Ops, layers, linear
+from odit.models import text
+from odit.models.config import SIZES, Config, Shape, Size, check, sized
+from odit.ops import Ops, layers, linear
 from odit.param import Param
 
+__all__ = ["FREQUENCIES", "SIZES", "Config", "Shape", "check", "declare", "forward", "macs", "sized"]
 
-@dataclass(frozen=True)
-class Config:
-    """Shape of a DiT."""
-
-    width: int = 384
-    """Channels of a token (D)."""
-    depth: int = 12
-    """Transformer blocks."""
-    heads: int = 6
-    """Attention heads (H); they divide the width."""
-    patch: int = 2
-    """Side of a patch in pixels or latent pixels."""
-    mlp_ratio: float = 4.0
-    """Ffn width over width."""
-    label_dropout: float = 0.1
-    """Share of samples trained with the null label; 0 leaves no null label and so no guidance."""
-    qk_norm: bool = False
-    """RMS-normalises queries and keys a head."""
-    positions: Literal["sincos", "rotary"] = "sincos"
-    """Fixed 2-D sine-cosine table added to the tokens, or 2-D rotary positions in the attention."""
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    """Feed-forward kind; swiglu has a third matrix and 2/3 of the ffn width, so that the count of parameters stays."""
-    timestep_freqs: Literal["dit", "diffusers"] = "dit"
-    """Frequencies of the timestep embedding; diffusers' port spaces them over half - 1 instead of half."""
-    mlp_eps: float = EPS
-    """LayerNorm epsilon before the mlp; diffusers' port defaults to 1e-5."""
-
-    @property
-    def head_size(self) -> int:
-        """K."""
-        return self.width // self.heads
-
-    @property
-    def ffn(self) -> int:
-        """F: mlp_ratio * D, for swiglu two thirds of it rounded up to a multiple of 8."""
-        full = int(self.width * self.mlp_ratio)
-        return full if self.mlp == "gelu" else -(-2 * full // (3 * 8)) * 8
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a DiT is built around and its data decides: picture channels and side, values out a channel, classes."""
-
-    channels: int
-    size: int
-    num_classes: int = 0
-    """0 means unconditional."""
-    outputs: int = 1
-    """1, or 2 where the variance is learned beside the target."""
-
-
-SIZES = {  # (depth, width, heads), table 1 of the paper
-    "s": (12, 384, 6),
-    "b": (12, 768, 12),
-    "l": (24, 1024, 16),
-    "xl": (28, 1152, 16),
-}
 FREQUENCIES = 256  # size of the sinusoidal timestep features
-
-
-def sized(name: str, patch: int, **changes) -> Config:
-    """The paper's DiT-S, B, L or XL: ``sized("xl", 2)`` is DiT-XL/2."""
-    depth, width, heads = SIZES[name]
-    return Config(width=width, depth=depth, heads=heads, patch=patch, **changes)
-
-
-def check(cfg: Config, shape: Shape) -> None:
-    """Refuses what cannot be built; raises ValueError with both numbers and a fix."""
-    for name in ("width", "depth", "heads", "patch"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"model.{name} is {getattr(cfg, name)}: use 1 or more")
-    if cfg.width % cfg.heads:
-        fits = [h for h in range(1, 65) if cfg.width % h == 0]
-        raise ValueError(f"model.heads {cfg.heads} does not divide model.width {cfg.width}: use one of {fits}")
-    if cfg.positions == "sincos" and cfg.width % 4:
-        raise ValueError(
-            f"model.width {cfg.width} is no multiple of 4, which 2-D sine-cosine positions need: "
-            f"use {-(-cfg.width // 4) * 4}"
-        )
-    if cfg.positions == "rotary" and cfg.head_size % 4:
-        raise ValueError(
-            f"model.positions rotary needs a head size that 4 divides, but width {cfg.width} over {cfg.heads} heads "
-            f"is {cfg.head_size}: change model.heads, or use --model.positions sincos"
-        )
-    if shape.size % cfg.patch:
-        fits = [p for p in range(1, shape.size + 1) if shape.size % p == 0]
-        raise ValueError(f"model.patch {cfg.patch} does not divide the picture size {shape.size}: use one of {fits}")
-    if not 0 <= cfg.label_dropout < 1:
-        raise ValueError(f"model.label_dropout is {cfg.label_dropout}: use a number in [0, 1), such as 0.1")
-    if not (math.isfinite(cfg.mlp_ratio) and cfg.mlp_ratio > 0) or cfg.ffn < 1:
-        raise ValueError(f"model.mlp_ratio is {cfg.mlp_ratio}: use a positive number, such as 4")
-    if not (math.isfinite(cfg.mlp_eps) and cfg.mlp_eps > 0):
-        raise ValueError(f"model.mlp_eps is {cfg.mlp_eps}: use a positive number, such as 1e-6")
 
 
 def declare(cfg: Config, shape: Shape) -> dict:
     """Declares every parameter, initialised as facebookresearch/DiT does: Xavier matrices, zero biases, normal(0.02)
     embeddings, and zeros where adaLN-Zero wants the block to be the identity and the output to be 0."""
-    return around(cfg, shape, [declare_block(cfg) for _ in range(cfg.depth)])
+    return around(cfg, shape, [declare_block(cfg, crosses(cfg, shape)) for _ in range(cfg.depth)])
 
 
 def around(cfg: Config, shape: Shape, blocks: list) -> dict:
-    """Declared blocks with what stands around them: embedders of patches, times and labels, and the final layer."""
-    D, P = cfg.width, cfg.patch**2
+    """Declared blocks with what stands around them: embedders of patches, times, labels or captions, and the final
+    layer."""
+    D, P = cfg.width, cfg.patch_values(shape.size)
     p_in, p_out = shape.channels * P, shape.channels * P * shape.outputs
-    small = param.normal(0.02)
-    labels = {"label": {"w": Param((num_labels(cfg, shape), D), "VD", small)}} if shape.num_classes else {}
+    small, zeros = param.normal(0.02), param.zeros
+    single = cfg.adaln == "single"
+    final = {"table": Param((2, D), "2D", zeros)} if single else {"adaln": param.dense(2 * D, "2D", D, zeros)}
     return {
-        "patch": _dense(D, "DP", p_in),
-        "time": {"fc1": _dense(D, "Df", FREQUENCIES, small), "fc2": _dense(D, "Dd", D, small)},
-        **labels,
+        "patch": param.dense(D, "DP", p_in),
+        "time": {"fc1": param.dense(D, "Df", FREQUENCIES, small), "fc2": param.dense(D, "Dd", D, small)},
+        **({"label": {"w": Param((num_labels(cfg, shape), D), "VD", small)}} if shape.num_classes else {}),
+        **({"text": _declare_text(cfg, shape)} if shape.text_length else {}),
+        **({"adaln": param.dense(6 * D, "6D", D, zeros)} if single else {}),
         "blocks": blocks,
-        "final": {"adaln": _dense(2 * D, "2D", D, param.zeros), "out": _dense(p_out, "PD", D, param.zeros)},
+        "final": {**final, "out": param.dense(p_out, "PD", D, zeros)},
     }
 
 
-def declare_block(cfg: Config) -> dict:
-    """The parameters of one adaLN-Zero block."""
+def _declare_text(cfg: Config, shape: Shape) -> dict:
+    D, E = cfg.width, shape.text_width
+    found = {"fc1": param.dense(D, "Dd", E or D), "fc2": param.dense(D, "Dd", D)}
+    return found if E else {"encoder": text.declare(cfg), **found}
+
+
+def crosses(cfg: Config, shape: Shape) -> bool:
+    """Whether captions act by cross-attention."""
+    return shape.text_length > 0 and cfg.text == "cross"
+
+
+def declare_block(cfg: Config, crossed: bool = False) -> dict:
+    """The parameters of one block; ``crossed`` says whether it looks at captions."""
     D, H, K, F = cfg.width, cfg.heads, cfg.head_size, cfg.ffn
     qkv = {
         "w": Param((3, H, K, D), "3HKD", param.xavier(D, 3 * D)),
@@ -146,27 +72,27 @@ def declare_block(cfg: Config) -> dict:
     }
     if cfg.qk_norm:
         qkv |= {name: Param((K,), "K", param.ones) for name in ("q_norm", "k_norm")}
-    mlp = {"fc1": _dense(F, "FD", D), "fc2": _dense(D, "DF", F)}
+    mlp = {"fc1": param.dense(F, "FD", D), "fc2": param.dense(D, "DF", F)}
     if cfg.mlp == "swiglu":
-        mlp["gate"] = _dense(F, "FD", D)
+        mlp["gate"] = param.dense(F, "FD", D)
+    single = {"table": Param((6, D), "6D", param.zeros)}
     return {
-        "adaln": _dense(6 * D, "6D", D, param.zeros),
+        **(single if cfg.adaln == "single" else {"adaln": param.dense(6 * D, "6D", D, param.zeros)}),
         "qkv": qkv,
         "out": {"w": Param((D, H, K), "DHK", param.xavier(D, D)), "b": Param((D,), "D", param.zeros)},
+        **({"cross": _declare_cross(cfg)} if crossed else {}),
         "mlp": mlp,
     }
 
 
-def _dense(out: int, dims: str, fan_in: int, init: Callable | None = None) -> dict:
+def _declare_cross(cfg: Config) -> dict:
+    """Cross-attention, 0 at first. Its heads are no rule's (h, not H): a token meets captions wherever it is."""
+    D, H, K = cfg.width, cfg.heads, cfg.head_size
     return {
-        "w": Param((out, fan_in), dims, init or param.xavier(fan_in, out)),
-        "b": Param((out,), dims[0], param.zeros),
+        "q": {"w": Param((H, K, D), "hKD", param.xavier(D, D)), "b": Param((H, K), "hK", param.zeros)},
+        "kv": {"w": Param((2, H, K, D), "2hKD", param.xavier(D, 2 * D)), "b": Param((2, H, K), "2hK", param.zeros)},
+        "out": {"w": Param((D, H, K), "DhK", param.zeros), "b": Param((D,), "D", param.zeros)},
     }
-
-
-def num_tokens(cfg: Config, shape: Shape) -> int:
-    """Tokens of a sample (L)."""
-    return (shape.size // cfg.patch) ** 2
 
 
 def num_labels(cfg: Config, shape: Shape) -> int:
@@ -174,32 +100,56 @@ def num_labels(cfg: Config, shape: Shape) -> int:
     return shape.num_classes + (cfg.label_dropout > 0)
 
 
-def forward(params: dict, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None, cfg: Config, ops: Ops = Ops()) -> Tensor:
-    """Maps noisy pictures, times as the embedding wants them and labels to (B, outputs * C, height, width).
+def forward(params: dict, x: Tensor, t_B: Tensor, y: Any, cfg: Config, ops: Ops = Ops()) -> Tensor:
+    """Maps noisy pictures or clips, times as the embedding wants them and conditions to (B, outputs * C, *size).
 
-    Computes in the dtype of the weights. y_B is int64, num_classes being the null label; None where unconditional.
+    Computes in the dtype of the weights.
+
+    Args:
+        x: (B, C, H, W) or (B, C, T, H, W).
+        y: labels (B,) int64, num_classes being the null label; captions as {"tokens", "mask"} (bytes) or {"text" (B, S,
+            E), "mask" (B, S) bool, "pooled" (B, E)}; None where unconditional.
     """
-    height, width = x_BCHW.shape[-2:]
-    dtype = params["patch"]["w"].dtype
-    x = linear(nn.patchify(x_BCHW.to(dtype), cfg.patch), params["patch"])
-    positions = _tables if torch.compiler.is_compiling() else _positions
-    table, rotary = positions(cfg, height // cfg.patch, width // cfg.patch, x.device, dtype)
+    size, dtype = tuple(x.shape[2:]), params["patch"]["w"].dtype
+    h = linear(nn.patchify(x.to(dtype), cfg.patch, cfg.frame_patch), params["patch"])
+    table, rotary = positions(cfg, size, x.device, dtype)
     if table is not None:
-        x = x + table
+        h = h + table
+    c_BD, caption = condition(params, t_B, y, cfg)
+    h, rotary = ops.enter(h, *rotary)
+    h = ops.layers(make_block(cfg, ops), params["blocks"], h, for_blocks(params, c_BD), rotary, *caption)
+    return nn.unpatchify(ops.leave(final(params["final"], h, c_BD, ops)), size, cfg.patch, cfg.frame_patch)
 
+
+def condition(params: dict, t_B: Tensor, y: Any, cfg: Config) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """c (B, D) of the times and of what acts beside them, and the caption for cross-attention: () or (text, mask)."""
     c_BD = nn.embed_timestep(t_B, params["time"], cfg.timestep_freqs)
     if "label" in params:
-        c_BD = c_BD + nn.embed_label(y_B, params["label"]["w"])
+        return c_BD + nn.embed_label(y, params["label"]["w"]), ()
+    if "text" not in params:
+        return c_BD, ()
+    p, dtype, mask_BS = params["text"], c_BD.dtype, y["mask"]
+    if "encoder" in p:
+        text_BSE = text.encode(p["encoder"], y["tokens"], mask_BS)
+        y = {"text": text_BSE, "pooled": text_BSE[:, 0]}  # the begin token sees all others
+    if cfg.text == "pooled":
+        return c_BD + nn.project(y["pooled"].to(dtype), p), ()
+    return c_BD, (nn.project(y["text"].to(dtype), p), mask_BS)
 
-    x, rotary = ops.enter(x, *rotary)
-    x = ops.layers(make_block(cfg, ops), params["blocks"], x, c_BD, rotary)
-    shift, scale = nn.adaln(c_BD, params["final"]["adaln"], 2)
-    x = linear(ops.modulate(x, shift, scale), params["final"]["out"])
-    return nn.unpatchify(ops.leave(x), cfg.patch, height, width)
+
+def for_blocks(params: dict, c_BD: Tensor) -> Tensor:
+    """What blocks get of c: itself, or (B, 6 D) regressed once for all of them (adaLN-single, PixArt-alpha)."""
+    return nn.adaln(c_BD, params["adaln"], 1)[0] if "adaln" in params else c_BD
+
+
+def final(p: dict, x_BLD: Tensor, c_BD: Tensor, ops: Ops) -> Tensor:
+    """The final layer: (B, L, outputs * C * P)."""
+    shift, scale = (p["table"] + c_BD[:, None]).unbind(1) if "table" in p else nn.adaln(c_BD, p["adaln"], 2)
+    return linear(ops.modulate(x_BLD, shift, scale), p["out"])
 
 
 def make_block(cfg: Config, ops: Ops) -> Callable:
-    """One adaLN-Zero block as a function ``(p, x_BLD, c_BD, rotary) -> x_BLD``; one object per (cfg, sites in it)."""
+    """One block as a function ``(p, x_BLD, c, rotary, *caption) -> x_BLD``; one object per (cfg, sites in it)."""
     return _make_block(cfg, replace(ops, layers=layers))
 
 
@@ -207,44 +157,96 @@ def make_block(cfg: Config, ops: Ops) -> Callable:
 def _make_block(cfg: Config, ops: Ops) -> Callable:
     """Must not see ``ops.layers``, which a layout makes anew each step around that step's weights."""
 
-    def block(p: dict, x: Tensor, c_BD: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = nn.adaln(c_BD, p["adaln"], 6)
-        h = ops.modulate(x, shift1, scale1)
-        branch = ops.out(ops.attend(*ops.qkv(h, p["qkv"], rotary)), p["out"])
-        x, h = ops.gated_modulate(x, gate1, branch, shift2, scale2, cfg.mlp_eps)
-        return ops.gated(x, gate2, ops.mlp(h, p["mlp"]))
+    def block(p: dict, x: Tensor, c: Tensor, rotary: tuple[Tensor, ...], *caption: Tensor) -> Tensor:
+        return run_block(cfg, ops, ops.attend, p, x, c, rotary, *caption)
 
     return block
 
 
+def run_block(
+    cfg: Config, ops: Ops, attend: Callable, p: dict, x: Tensor, c: Tensor, rotary: tuple, *caption: Tensor
+) -> Tensor:
+    """A block of the paper, with cross-attention to captions after self-attention where p has it (PixArt-alpha).
+
+    Args:
+        attend: what the tokens do with q, k and v (B L H K).
+        c: (B, D), or (B, 6 D) under adaLN-single.
+    """
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulations(p, c)
+    h = ops.modulate(x, shift1, scale1)
+    branch = ops.out(attend(*ops.qkv(h, p["qkv"], rotary)), p["out"])
+    if "cross" in p:
+        x = ops.gated(x, gate1, branch)
+        x = x + ops.cross(x, p["cross"], *caption)
+        h = ops.modulate(x, shift2, scale2, cfg.mlp_eps)
+    else:
+        x, h = ops.gated_modulate(x, gate1, branch, shift2, scale2, cfg.mlp_eps)
+    return ops.gated(x, gate2, ops.mlp(h, p["mlp"]))
+
+
+def modulations(p: dict, c: Tensor) -> tuple[Tensor, ...]:
+    """A block's shifts, scales and gates (B, D): regressed from c (B, D), or its table added to c (B, 6 D)."""
+    if "table" in p:
+        return (p["table"] + c.unflatten(-1, p["table"].shape)).unbind(1)
+    return nn.adaln(c, p["adaln"], 6)
+
+
+def positions(cfg: Config, size: Size, device, dtype) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """The additive table (L, D) or None, and the rotary tables () or (cos, sin) of (L, K/2) in at least fp32."""
+    make = _tables if torch.compiler.is_compiling() else _positions
+    return make(cfg, size, device, dtype)
+
+
 @functools.lru_cache(maxsize=64)
-def _positions(cfg: Config, rows: int, columns: int, device, dtype) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+def _positions(cfg: Config, size: Size, device, dtype) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     """``_tables``, made once. Inference mode, fake tensors and torch.func's levels mark every tensor made under them,
     and such a tensor may not outlive them in a cache; a new thread has none of them."""
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_tables, cfg, rows, columns, device, dtype).result()
+        return thread.submit(_tables, cfg, size, device, dtype).result()
 
 
-def _tables(cfg: Config, rows: int, columns: int, device, dtype) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """The additive table (L, D) or None, and the rotary tables () or (cos, sin) of (L, K/2) in at least fp32."""
+def _tables(cfg: Config, size: Size, device, dtype) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    frames, rows, columns = cfg.grid(size)
+    clips = len(size) == 3
     if cfg.positions == "sincos":
-        return nn.sincos_2d(rows, columns, cfg.width).to(device=device, dtype=dtype), ()
+        table = nn.sincos_2d(rows, columns, cfg.width)
+        if clips:  # factorised: a frame's and a place's are added (OpenDiT's video DiT)
+            table = (nn.sincos_1d(torch.arange(frames), cfg.width)[:, None] + table).flatten(0, 1)
+        return table.to(device=device, dtype=dtype), ()
     at_least = torch.float64 if dtype == torch.float64 else torch.float32
-    cos, sin = nn.rotary_2d(rows, columns, cfg.head_size)
+    cos, sin = (
+        nn.rotary_3d(frames, rows, columns, cfg.head_size) if clips else nn.rotary_2d(rows, columns, cfg.head_size)
+    )
     return None, (cos.to(device=device, dtype=at_least), sin.to(device=device, dtype=at_least))
 
 
-def num_params(cfg: Config, shape: Shape) -> tuple[int, int]:
-    """(all, trainable) parameters; the fixed position table is what papers count and no run trains."""
-    trainable = param.count(declare(cfg, shape))
-    table = (shape.size // cfg.patch) ** 2 * cfg.width if cfg.positions == "sincos" else 0
-    return trainable + table, trainable
+def time_space(cfg: Config, size: Size) -> int:
+    """Frames that attention does not run across: 1, as every token sees every other one."""
+    return 1
 
 
 def macs(cfg: Config, shape: Shape) -> int:
-    """Multiply-accumulates of one forward pass of one picture, matrix products only."""
-    D, L, F = cfg.width, (shape.size // cfg.patch) ** 2, cfg.ffn
+    """Multiply-accumulates of one forward pass of one sample, matrix products only, a frozen text encoder aside."""
+    frames, rows, columns = cfg.grid(shape.size)
+    L = frames * rows * columns
+    return cfg.depth * block_macs(cfg, shape, L, L, crosses(cfg, shape)) + macs_around(cfg, shape, L)
+
+
+def block_macs(cfg: Config, shape: Shape, tokens: int, seen: int, crossed: bool) -> int:
+    """Those of a block over ``tokens``, of which each attends to ``seen``."""
+    D, F, S = cfg.width, cfg.ffn, shape.text_length
     mlp = (3 if cfg.mlp == "swiglu" else 2) * D * F
-    block = L * (4 * D * D + mlp) + 2 * L * L * D + 6 * D * D
-    ends = L * shape.channels * cfg.patch**2 * D * (1 + shape.outputs) + 2 * D * D
-    return cfg.depth * block + ends + FREQUENCIES * D + D * D
+    cross = tokens * 2 * D * D + S * 2 * D * D + 2 * tokens * S * D if crossed else 0
+    return tokens * (4 * D * D + mlp) + 2 * tokens * seen * D + (6 * D * D if cfg.adaln == "zero" else 0) + cross
+
+
+def macs_around(cfg: Config, shape: Shape, tokens: int) -> int:
+    """Those of what stands around the blocks."""
+    D, S = cfg.width, shape.text_length
+    ends = tokens * shape.channels * cfg.patch_values(shape.size) * D * (1 + shape.outputs)
+    modulation = 2 * D * D if cfg.adaln == "zero" else 6 * D * D
+    found = ends + modulation + FREQUENCIES * D + D * D
+    if not S:
+        return found
+    encoder = 0 if shape.text_width else cfg.text_depth * (S * 12 * D * D + 2 * S * S * D)
+    return found + encoder + (S if cfg.text == "cross" else 1) * ((shape.text_width or D) * D + D * D)

@@ -1,66 +1,89 @@
-"""A time x space Diffusion Transformer after Latte (Ma et al. 2024): blocks attend within a frame, then along time.
+"""Latte (Ma et al. 2024, "Latent Diffusion Transformer for Video Generation"), variant 1: a time x space transformer.
 
-``blocks`` is a list of pairs {"space": ..., "time": ...} of DiT's adaLN-Zero block. Letters: B samples, C channels,
-T frames, S tokens a frame, D width.
+Blocks attend within a frame and along time in turn: ``blocks`` is a list of pairs {"space": ..., "time": ...} of DiT's
+block. Captions act in the blocks over space, frames' positions enter before the first block over time. With adaLN
+``zero`` it is OpenDiT's Latte, with ``single`` that of diffusers. Letters as in dit.py; S tokens a frame.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from odit import nn
 from odit.models import dit
-from odit.ops import Ops, linear
+from odit.models.config import Config, Shape, Size
+from odit.ops import Ops, layers, linear
 
 
-def declare(cfg: dit.Config, shape: dit.Shape) -> dict:
-    """Declares every parameter; depth counts blocks, half of them over space and half over time."""
-    assert cfg.depth % 2 == 0, f"depth {cfg.depth}: one over time follows each over space"
-    pairs = [{"space": dit.declare_block(cfg), "time": dit.declare_block(cfg)} for _ in range(cfg.depth // 2)]
+def declare(cfg: Config, shape: Shape) -> dict:
+    """Declares every parameter, initialised as DiT's; depth counts blocks, half of them over space, half over time."""
+    pairs = [
+        {"space": dit.declare_block(cfg, dit.crosses(cfg, shape)), "time": dit.declare_block(cfg)}
+        for _ in range(cfg.depth // 2)
+    ]
+    pairs[0]["first"] = {}  # has no leaves: it tells the pair where frames' positions enter
     return dit.around(cfg, shape, pairs)
 
 
-def forward(
-    params: dict, x_BCTHW: Tensor, t_B: Tensor, y_B: Tensor | None, cfg: dit.Config, ops: Ops = Ops()
-) -> Tensor:
-    """Maps noisy clips, times and labels to (B, outputs * C, T, height, width)."""
-    B, _, T, height, width = x_BCTHW.shape
-    dtype = params["patch"]["w"].dtype
-    frames = x_BCTHW.to(dtype).transpose(1, 2).flatten(0, 1)
-    x_BTSD = linear(nn.patchify(frames, cfg.patch), params["patch"]).unflatten(0, (B, T))
-    space_SD = nn.sincos_2d(height // cfg.patch, width // cfg.patch, cfg.width).to(x_BTSD)
-    x_BTSD = x_BTSD + space_SD + nn.sincos_1d(torch.arange(T), cfg.width).to(x_BTSD)[:, None]
-
-    c_BD = nn.embed_timestep(t_B, params["time"], cfg.timestep_freqs)
-    if "label" in params:
-        c_BD = c_BD + nn.embed_label(y_B, params["label"]["w"])
-
+def forward(params: dict, x_BCTHW: Tensor, t_B: Tensor, y: Any, cfg: Config, ops: Ops = Ops()) -> Tensor:
+    """Maps noisy clips, times and conditions (see ``dit.forward``) to (B, outputs * C, T, H, W)."""
+    size, dtype = tuple(x_BCTHW.shape[2:]), params["patch"]["w"].dtype
+    frames, rows, columns = cfg.grid(size)
+    x = linear(nn.patchify(x_BCTHW.to(dtype), cfg.patch, cfg.frame_patch), params["patch"])
+    place_SD, _ = dit.positions(replace(cfg, positions="sincos"), size[1:], x.device, dtype)
+    x_BTSD = x.unflatten(1, (frames, rows * columns)) + place_SD
+    time_TD = nn.sincos_1d(torch.arange(frames), cfg.width).to(x)
+    c_BD, caption = dit.condition(params, t_B, y, cfg)
     x, _ = ops.enter(x_BTSD)
-    x = ops.layers(make_pair(cfg, ops), params["blocks"], x, c_BD)
-    shift, scale = nn.adaln(c_BD, params["final"]["adaln"], 2)
-    h = ops.modulate(x.flatten(1, 2), shift, scale).unflatten(1, x.shape[1:3])
-    out = ops.leave(linear(h, params["final"]["out"]))
-    return nn.unpatchify(out.flatten(0, 1), cfg.patch, height, width).unflatten(0, (B, T)).transpose(1, 2)
+    x = ops.layers(make_pair(cfg, ops), params["blocks"], x, dit.for_blocks(params, c_BD), (time_TD,), *caption)
+    h = dit.final(params["final"], x.flatten(1, 2), c_BD, ops).unflatten(1, x.shape[1:3])
+    return nn.unpatchify(ops.leave(h).flatten(1, 2), size, cfg.patch, cfg.frame_patch)
 
 
-def make_pair(cfg: dit.Config, ops: Ops):
-    """One block over space and one over time as a function ``(p, x_BTSD, c_BD) -> x_BTSD``."""
-    return _make_pair(cfg, dit.make_block(cfg, ops), ops.switch)
+def make_pair(cfg: Config, ops: Ops) -> Callable:
+    """A block over space and one over time as ``(p, x_BTSD, c, (time_TD,), *caption) -> x_BTSD``."""
+    return _make_pair(cfg, replace(ops, layers=layers))
 
 
 @functools.lru_cache(maxsize=64)
-def _make_pair(cfg: dit.Config, block, switch):
-    def pair(p: dict, x: Tensor, c_BD: Tensor) -> Tensor:
-        x = rows(p["space"], x, c_BD)
-        x = switch(x, "time").transpose(1, 2)
-        x = rows(p["time"], x, c_BD)
-        return switch(x.transpose(1, 2), "space")
+def _make_pair(cfg: Config, ops: Ops) -> Callable:
+    def pair(p: dict, x: Tensor, c: Tensor, tables: tuple[Tensor], *caption: Tensor) -> Tensor:
+        x = over_rows(p["space"], x, c, *caption)
+        x = ops.switch(x, "time").transpose(1, 2)
+        if "first" in p:
+            x = x + tables[0]
+        x = over_rows(p["time"], x, c)
+        return ops.switch(x.transpose(1, 2), "space")
 
-    def rows(p: dict, x: Tensor, c_BD: Tensor) -> Tensor:
-        """Attends within dim 2, each index of dim 1 for itself."""
-        return block(p, x.flatten(0, 1), c_BD.repeat_interleave(x.shape[1], 0), ()).unflatten(0, x.shape[:2])
+    def over_rows(p: dict, x: Tensor, c: Tensor, *caption: Tensor) -> Tensor:
+        """DiT's block, whose tokens attend within dim 2, each index of dim 1 for itself."""
+        rows = x.shape[1]
+
+        def attend(*qkv: Tensor) -> Tensor:
+            o = ops.attend(*(y.unflatten(1, (rows, -1)).flatten(0, 1) for y in qkv))
+            return o.unflatten(0, (-1, rows)).flatten(1, 2)
+
+        y = dit.run_block(cfg, ops, attend, p, x.flatten(1, 2), c, (), *caption)
+        return y.unflatten(1, x.shape[1:3])
 
     return pair
+
+
+def time_space(cfg: Config, size: Size) -> int:
+    """Frames that blocks over space keep apart (T)."""
+    return cfg.grid(size)[0]
+
+
+def macs(cfg: Config, shape: Shape) -> int:
+    """Multiply-accumulates of one forward pass of one clip, as ``dit.macs``."""
+    frames, rows, columns = cfg.grid(shape.size)
+    L = frames * rows * columns
+    space = dit.block_macs(cfg, shape, L, rows * columns, dit.crosses(cfg, shape))
+    time = dit.block_macs(cfg, shape, L, frames, False)
+    return cfg.depth // 2 * (space + time) + dit.macs_around(cfg, shape, L)
