@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from tqdm import tqdm
 
-from odit import checkpoint, checks, config, health, plan, random, record, sample
+from odit import checkpoint, checks, config, health, plan, random, record, sample, tree
 from odit.health import CheckpointError
-from odit.models import dit
+from odit.models.config import Shape
 from odit.parallel import mesh as meshes
 
 
@@ -37,6 +38,10 @@ class Sample:
     """Pictures."""
     label: tuple[int, ...] = ()
     """Classes to draw, repeated in turn; all of them unless given."""
+    prompt: tuple[str, ...] = ()
+    """Captions to draw, repeated in turn."""
+    prompts: Path | None = None
+    """A text file of captions, one a line, repeated in turn."""
     seed: int = 0
     """Picture i is a function of (weights, seed, i, label), whatever the batch."""
     solver: Literal["ddpm", "ddim", "dpm++", "euler", "heun", "sde"] | None = None
@@ -86,29 +91,29 @@ def main(args: Sample) -> None:
         composed = plan.compose(run, shape, mesh)
         if rank == 0 and composed.notes:
             print(*composed.notes, sep="\n")
-        labels = sample.choose_labels(args.num, composed.shape.num_classes, args.label)
+        shown, conditions = choose(args, composed)
         for path in filter(None, (args.out, args.tensors)):
             path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work
         params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
         pictures = sample.sample(
             composed,
             params,
-            labels,
+            conditions,
             random.key(args.seed),
             batch=args.batch,
             progress=functools.partial(tqdm, unit="step", leave=False, disable=rank > 0),
         )
         if rank == 0:
-            write(args, composed, labels, pictures)
+            write(args, composed, shown, pictures)
             print(f"{args.num} samples: {args.out}")
 
 
-def read_run(args: Sample, world: int) -> tuple[config.Run, dit.Shape]:
+def read_run(args: Sample, world: int) -> tuple[config.Run, Shape]:
     """The run that wrote the weights, as it samples on ``world`` ranks, and the shape of its data."""
     if not args.checkpoint.exists():
         raise CheckpointError(f"checkpoint {args.checkpoint} does not exist")
     about = checkpoint.read_about(args.checkpoint)
-    run, shape = plan.alone(config.from_json(config.Run, about["config"])), dit.Shape(**about["shape"])
+    run, shape = plan.alone(config.from_json(config.Run, about["config"])), Shape(**about["shape"])
     sampling = sample.override(
         run.sampling,
         shape.num_classes,
@@ -130,12 +135,36 @@ def read_run(args: Sample, world: int) -> tuple[config.Run, dit.Shape]:
     return run, shape
 
 
-def write(args: Sample, composed: plan.Plan, labels, pictures) -> None:
+def choose(args: Sample, composed: plan.Plan) -> tuple[dict[str, list], tree.Tree]:
+    """What each picture shows, for people and for the model."""
+    if composed.tokenize is None:
+        if args.prompt or args.prompts:
+            raise ValueError("prompt is given but this model was trained without captions: use --label, or leave it out")
+        labels = sample.choose_labels(args.num, composed.shape.num_classes, args.label)
+        return {"labels": labels.tolist()}, labels
+    if args.label:
+        raise ValueError(f"label {args.label[0]} is given but this model was trained with captions: use --prompt")
+    prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
+    if not prompts:
+        raise ValueError('prompt is not given but this model draws by captions: use --prompt "..." or --prompts FILE')
+    prompts = [prompts[i % len(prompts)] for i in range(args.num)]
+    return {"prompts": prompts}, composed.tokenize(prompts)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that hold something."""
+    found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"prompts {path} has no caption in it: write one a line")
+    return found
+
+
+def write(args: Sample, composed: plan.Plan, shown: dict[str, list], pictures) -> None:
     """Writes the grid with its recipe, and the tensors where asked."""
     recipe = {
         **config.to_json(args),
         "sampling": config.to_json(composed.run.sampling),
-        "labels": labels.tolist(),
+        **shown,
         "versions": record.about(),
     }
     classes = composed.shape.num_classes
@@ -145,7 +174,8 @@ def write(args: Sample, composed: plan.Plan, labels, pictures) -> None:
     if args.tensors:
         from safetensors.torch import save_file
 
-        save_file({"samples": pictures, "labels": labels}, args.tensors)
+        labels = {"labels": torch.tensor(shown["labels"])} if "labels" in shown else {}
+        save_file({"samples": pictures, **labels}, args.tensors)
 
 
 def cli() -> None:

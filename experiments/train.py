@@ -48,7 +48,7 @@ def main(run: config.Run) -> None:
         meshes.warm_up(mesh)
         if rank == 0:
             stack.enter_context(record.Lock(run.out))
-        dataset = data.open_dataset(run.data)
+        dataset = data.open_dataset(run.data, plan.tokenizer(run))
         health.same_everywhere(meshes.store(), rank, world, "data", {"data": identity(dataset)})
         composed = plan.make(run, dataset, mesh)
         say(composed, plan.describe(composed))
@@ -221,16 +221,16 @@ def periodic(composed, dataset, state, recorder, stop) -> None:
         if composed.mesh.rank == 0:
             tqdm.write(f"step {state.step}: validation loss {found['loss']:.5f} (EMA weights)")
     if state.step % run.sample_every == 0 or last:
-        recorder.pictures(state.step, grid(composed, state), columns(composed))
+        recorder.pictures(state.step, grid(composed, dataset, state), columns(composed))
     if state.step % run.checkpoint_every == 0 or last:
         checkpoint.save(composed, state, about(composed, dataset, state))
 
 
-def grid(composed: plan.Plan, state: train.TrainState):
+def grid(composed: plan.Plan, dataset: data.Dataset, state: train.TrainState):
     """Pictures from the EMA weights, always of the same noise: 8 rows of a column a class, or of 4 columns."""
-    labels = sample.spread_labels(8 * columns(composed), min(composed.shape.num_classes, columns(composed)))
+    shown = sample.previews(composed, dataset, 8 * columns(composed), columns(composed))
     batch = 32 if composed.budget is None else min(32, composed.micro_batch)  # a budget was filled beside micro-batches
-    return sample.sample(composed, state.ema, labels, random.key(composed.run.seed), batch=batch)
+    return sample.sample(composed, state.ema, shown, random.key(composed.run.seed), batch=batch)
 
 
 def columns(composed: plan.Plan) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from odit import checks, random, tree
 from odit.config import Sampling
+from odit.data import Dataset
 from odit.diffusion import guidance, solvers
 from odit.parallel import collectives
 from odit.parallel.mesh import Axis
@@ -85,6 +86,16 @@ def in_halves(axis: Axis) -> Callable:
         return collectives.all_gather(mine, axis, 0).chunk(2)
 
     return both
+
+
+def previews(plan: Plan, dataset: Dataset, num: int, columns: int) -> tree.Tree:
+    """The conditions of the ``num`` pictures that a run shows: a class a column, or captions of its data."""
+    if plan.tokenize is None:
+        return spread_labels(num, min(plan.shape.num_classes, columns))
+    if hasattr(dataset, "prompts"):
+        return plan.tokenize(dataset.prompts(num)[0])
+    ids = dataset.held_out_ids if len(dataset.held_out_ids) else dataset.train_ids
+    return plan.tokenize(dataset.captions(ids[torch.arange(num) % len(ids)]))
 
 
 def choose_labels(num: int, num_classes: int, chosen: tuple[int, ...]) -> Tensor:
