@@ -20,7 +20,7 @@ from odit.data import loader
 from odit.models import dit, latte
 from odit.models.config import Config
 from odit.ops import flash
-from odit.parallel import collectives, spec
+from odit.parallel import collectives, recorder, spec
 from odit.parallel import mesh as meshes
 from odit.parallel import sequence as sequences
 from odit.parallel.place import Place
@@ -157,10 +157,10 @@ def measure_steps(cfg: Zero, composed: plan.Plan) -> dict[str, Any]:
         began = now(composed.device)
         state, metrics = step(state, batch, key)
         times.append(1e3 * (now(composed.device) - began))
-    with collectives.recording() as events:
+    with recorder.recording() as events:
         step(state, batch, key)
-        exposed = 1e3 * collectives.exposed_s(events)
-    moved = collectives.totals(events)
+        exposed = 1e3 * recorder.exposed_s(events)
+    moved = recorder.totals(events)
     gathered = sum(t.bytes for op, t in moved.items() if op == "all_gather")
     found = {
         "ms": times[cfg.warmup :],
@@ -290,12 +290,12 @@ def measure_block(cfg: Sequence, model: Config, place: Place, name: str) -> dict
     x, c_BD = leaf((cfg.batch, *tokens, model.width)), leaf((cfg.batch, model.width))
     block = latte.make_pair(model, ops) if paired else dit.make_block(model, ops)
     with memory.Weigh([x, c_BD, *tree.leaves(params)]) as weigh:
-        with collectives.recording() as forward:
+        with recorder.recording() as forward:
             y = block(params, x, c_BD, ())
         kept = weigh.now()
-        with collectives.recording() as backward:
+        with recorder.recording() as backward:
             torch.autograd.grad(y.sum(), [x, c_BD, *tree.leaves(params)])
-    totals = [collectives.totals(events) for events in (forward, backward)]
+    totals = [recorder.totals(events) for events in (forward, backward)]
     hops = ("ring_gather", "ring_reduce_scatter", "shift")
     return {
         "elements": [sum(t.elements for t in found.values()) for found in totals],

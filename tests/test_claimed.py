@@ -15,7 +15,7 @@ from test_zero import KEY, RUN, weights_of
 from odit import checkpoint, config, data, memory, param, plan, random, train, tree
 from odit.data import loader
 from odit.models import dit
-from odit.parallel import bundle, collectives, offload, spec
+from odit.parallel import bundle, offload, recorder, spec
 from odit.parallel.mesh import Axis, single
 
 MODELS = {
@@ -273,10 +273,10 @@ def received_on(mesh, run):
     composed = composed_on(mesh, run, dtype=torch.float32)
     params = train.init_state(composed, KEY).params
     (batch,) = batches_of(mesh, 1)
-    with collectives.recording() as events:
+    with recorder.recording() as events:
         train.gradients(composed, params, batch, KEY)
     names = {e.axis for e in events} & {"all", "dp"}
-    return {name: sum(t.elements for t in collectives.totals(events, name).values()) for name in names}
+    return {name: sum(t.elements for t in recorder.totals(events, name).values()) for name in names}
 
 
 @MESHES

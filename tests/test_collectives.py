@@ -11,6 +11,7 @@ from ranks import RankFailed
 from torch import Tensor
 
 from odit.parallel import collectives as c
+from odit.parallel import recorder
 from odit.parallel.mesh import Axis, single
 
 WORLDS = (1, 2, 3, 4)
@@ -133,19 +134,19 @@ class Answer(NamedTuple):
 
     y: Tensor
     grad: Tensor
-    forward: dict[str, c.Total]
-    backward: dict[str, c.Total]
+    forward: dict[str, recorder.Total]
+    backward: dict[str, recorder.Total]
 
 
 def on_a_rank(mesh, name: str, dtype: torch.dtype, axis: str = "all") -> Answer:
     axis = mesh[axis]
     blocks, cotangents = inputs(CASES[name], axis.size, dtype)
     x = blocks[axis.rank].requires_grad_()
-    with c.recording() as forward:
+    with recorder.recording() as forward:
         y = CASES[name].call(x, axis)
-    with c.recording() as backward:
+    with recorder.recording() as backward:
         y.backward(cotangents[axis.rank])
-    return Answer(y.detach(), x.grad, c.totals(forward), c.totals(backward))
+    return Answer(y.detach(), x.grad, recorder.totals(forward), recorder.totals(backward))
 
 
 def all_on_a_rank(mesh, dtype: torch.dtype) -> dict[str, Answer | str]:
@@ -423,14 +424,14 @@ def test_objects(ranks):
 # ------------------------------------------------------------------------------------------ recorder and test link
 
 
-def recorded_on_a_rank(mesh) -> list[c.Event]:
+def recorded_on_a_rank(mesh) -> list[recorder.Event]:
     x = torch.ones(4, dtype=torch.bfloat16)
     out = torch.empty(4 * mesh.world, dtype=torch.bfloat16)
-    c.mark("nobody hears this")
-    with c.recording() as events:
+    recorder.mark("nobody hears this")
+    with recorder.recording() as events:
         handle = c.all_gather_flat(out, x, mesh.all, async_op=True)
-        c.mark("block 0")
-        with c.recording() as inner:
+        recorder.mark("block 0")
+        with recorder.recording() as inner:
             c.all_reduce_(x, mesh.all)
         handle.wait()
     c.all_reduce_(x, mesh.all)
@@ -452,8 +453,9 @@ def test_recorder_keeps_the_order_of_starts_waits_and_marks(ranks):
         assert events[1].note == "block 0" and events[0].number == events[6].number != events[2].number
         assert (events[0].axis, events[0].elements, events[0].bytes) == ("all", 4, 8)
         assert [e.time for e in events] == sorted(e.time for e in events)
-        assert c.totals(events, "all") == {"all_gather": c.Total(1, 4, 8), "all_reduce": c.Total(1, 4, 8)}
-        assert c.totals(events, "sp") == {}
+        each = recorder.Total(calls=1, elements=4, bytes=8)
+        assert recorder.totals(events, "all") == {"all_gather": each, "all_reduce": each}
+        assert recorder.totals(events, "sp") == {}
 
 
 def exposed_on_a_rank(mesh) -> tuple[float, float]:
@@ -461,11 +463,11 @@ def exposed_on_a_rank(mesh) -> tuple[float, float]:
     found = []
     for work in (0.0, 0.1):
         c.barrier(mesh.all)
-        with c.slow_link(seconds=0.2), c.recording() as events:
+        with recorder.slow_link(seconds=0.2), recorder.recording() as events:
             handle = c.start_shift(torch.ones(10), mesh.all)
             time.sleep(work)
             handle.wait()
-        found.append(c.exposed_s(events))
+        found.append(recorder.exposed_s(events))
     return tuple(found)
 
 
@@ -494,7 +496,7 @@ def slow_on_a_rank(mesh) -> list[float]:
         for handle in handles:
             handle.wait()
 
-    with c.slow_link(seconds=0.08, bytes_per_s=4000 / 0.04):
+    with recorder.slow_link(seconds=0.08, bytes_per_s=4000 / 0.04):
         for body in (lambda: c.shift(x, mesh.all), beside_work, two, lambda: c.all_reduce(torch.ones(2), mesh.all)):
             timed(body)
     timed(lambda: c.shift(x, mesh.all))
@@ -523,7 +525,7 @@ def test_shares(total, n):
 
 def test_one_rank_gets_its_own_tensor_back_and_nothing_is_recorded():
     axis, x = single().all, torch.ones(4, 4, requires_grad=True)
-    with c.recording() as events:
+    with recorder.recording() as events:
         for name, case in CASES.items():
             if "transposed" not in name and "all_to_all" not in name:
                 assert case.call(x, axis) is x, name

@@ -11,7 +11,7 @@ from conftest import redraw
 from odit import config, data, ops, optim, plan, random, train, tree
 from odit.data import loader
 from odit.models import dit
-from odit.parallel import collectives, spec
+from odit.parallel import recorder, spec
 from odit.parallel.mesh import single
 
 KEY = random.key(5)
@@ -65,9 +65,9 @@ def reduced_on(mesh, run, dtype=None):
     composed = composed if dtype is None else dataclasses.replace(composed, dtype=dtype)
     params = parts_of(composed, dtype or torch.float32)
     batch = share_of(run, 0, mesh.dp.rank, mesh.dp.size)
-    with collectives.recording() as events:
+    with recorder.recording() as events:
         _, grads, _ = train.gradients(composed, params, batch, KEY)
-    return grads, collectives.totals(events)
+    return grads, recorder.totals(events)
 
 
 def partial_gradients(world, micro):

@@ -16,7 +16,7 @@ from conftest import redraw
 from odit import nn, random, tree
 from odit.models import dit, latte
 from odit.ops import Ops, attend, attend_grad, attend_grad_flash, attend_lse, attend_lse_flash, linear
-from odit.parallel import collectives, ring, sequence, zero
+from odit.parallel import collectives, recorder, ring, sequence, zero
 from odit.parallel.mesh import Axis, single
 from odit.parallel.place import Place
 
@@ -319,13 +319,13 @@ def moved(mesh, name, length, heads):
     tokens = collectives.shares(frames, mesh.sp.size) if name == "dsp" else collectives.shares(length, mesh.sp.size)
     mine = (BATCH, tokens[mesh.sp.rank], *([length] if name == "dsp" else []), cfg.width)
     x, c = torch.randn(mine, dtype=torch.float64, requires_grad=True), torch.randn(BATCH, cfg.width).double()
-    with collectives.recording() as forward:
+    with recorder.recording() as forward:
         y = pair(p, x, c, ())
-    with collectives.recording() as backward:
+    with recorder.recording() as backward:
         torch.autograd.grad(y.sum(), [x, *tree.leaves(p)])
     place = Place(mesh, case.length, heads, frames)
     told = tuple(values * BATCH * cfg.head_size for values in sequence.STRATEGIES[name].received(place))
-    return collectives.totals(forward), collectives.totals(backward), told
+    return recorder.totals(forward), recorder.totals(backward), told
 
 
 TABLE = {  # elements a rank receives a block, in units of M = B L D; forward, backward (DESIGN 4)
@@ -415,7 +415,7 @@ def timed_overlap(mesh, name, transfer):
     heads = torch.zeros(1, LENGTH // n, 4, 2, requires_grad=True)
     seconds, one = [], torch.ones(1, requires_grad=True)
     torch.autograd.grad([torch.autograd.graph.get_gradient_edge(one * 1)], one, [one])  # loads what it needs, once
-    with collectives.slow_link(transfer / (n - 1)):
+    with recorder.slow_link(transfer / (n - 1)):
         collectives.barrier(mesh.sp)
         start = time.perf_counter()
         y = ops.qkv(x, p, ())[0] if name == "fastseq" else ops.attend(heads, heads, heads)
@@ -430,7 +430,7 @@ def timed_overlap(mesh, name, transfer):
 def timed_plain(mesh, transfer):
     """Seconds of a gather and then the product."""
     x = torch.zeros(1, LENGTH // mesh.sp.size, 8)
-    with collectives.slow_link(transfer):
+    with recorder.slow_link(transfer):
         collectives.barrier(mesh.sp)
         start = time.perf_counter()
         slow_qkv(collectives.all_gather(x, mesh.sp, 1), {"w": torch.zeros(3, 4, 2, 8)}, ())

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from odit import checkpoint, config, data, optim, param, plan, random, sample, train, tree, validate
 from odit.data import loader
 from odit.models import dit
-from odit.parallel import collectives, offload, spec, zero
+from odit.parallel import collectives, offload, recorder, spec, zero
 from odit.parallel.mesh import single
 
 KEY = random.key(5)
@@ -157,7 +157,7 @@ def ema_on_a_rank(mesh, run):
     ema, params = (tree.map(take, redraw(composed.declared, random.key(k)), composed.layout.specs) for k in (11, 12))
     opt = train.optimizer(composed).init(params)
     state = train.TrainState(0, params, opt, ema, train.LossScale(1.0, 0))
-    with collectives.recording() as events:
+    with recorder.recording() as events:
         state = train.advance(composed, state, tree.map(torch.ones_like, params), lr=0.0, decay=0.9, norm=1.0)
     return len(events), state.ema
 
@@ -207,7 +207,7 @@ def step_traffic(mesh, run):
     composed = plan.make(run, dataset, mesh)
     state, share = train.init_state(composed, KEY), (mesh.dp.rank, mesh.dp.size)
     (batch,) = loader.batches(dataset, KEY, global_batch=run.global_batch, stop=1, part=share)
-    with collectives.recording() as events:
+    with recorder.recording() as events:
         train.gradients(composed, state.params, batch, KEY)
     return collections.Counter((e.op, e.elements, e.bytes) for e in events if e.phase == "started")
 
@@ -246,7 +246,7 @@ def schedule(mesh, run):
     state = fp64_state(composed)
     share = (mesh.dp.rank, mesh.dp.size)
     (batch,) = loader.batches(dataset, KEY, global_batch=run.global_batch, stop=1, part=share)
-    with collectives.recording() as events:
+    with recorder.recording() as events:
         train.gradients(composed, state.params, batch, KEY)
     return [(event.phase, event.number, event.note) for event in events]
 

@@ -24,17 +24,16 @@ rank runs a backward, all ranks of the axis must. An axis of size 1 is the ident
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from odit.parallel import recorder
 from odit.parallel.mesh import Axis
 
 # torch 2.13 renames both and warns at the old names; the second names go when torch >= 2.13 is required
@@ -409,24 +408,24 @@ def _launch(
 
     Gloo has no send and receive for CUDA tensors and only some collectives: all of them go through pinned host memory.
     """
-    number = next(_numbers)
-    _emit(op, axis.name, received, received * x.element_size(), "started", number)
+    number = recorder.next_number()
+    recorder.emit(op, axis.name, received, received * x.element_size(), "started", number)
     if x.is_meta:  # a plan: nothing moves
         return _given(out, async_op)
-    arrives = _link.arrival(received * x.element_size()) if _link is not None else 0.0
+    arrives = recorder.arrival(received * x.element_size())
     on_host = x.is_cuda and dist.get_backend(axis.group) == "gloo"
     there, here = (_pinned(out, out is x), _pinned(x, True)) if on_host else (out, x)
     works = call(there, there if out is x else here, async_op)
 
     def finish() -> None:
-        _emit(op, axis.name, 0, 0, "waiting", number, device=x.device)
+        recorder.emit(op, axis.name, 0, 0, "waiting", number, device=x.device)
         for work in works if async_op else ():
             work.wait()
         if arrives:
             time.sleep(max(0.0, arrives - time.perf_counter()))
         if on_host:
             out.copy_(there)
-        _emit(op, axis.name, received, received * x.element_size(), "waited", number, device=x.device)
+        recorder.emit(op, axis.name, received, received * x.element_size(), "waited", number, device=x.device)
 
     handle = Handle(out, finish)
     return handle if async_op else handle.wait()
@@ -439,121 +438,3 @@ def _pinned(like: Tensor, filled: bool) -> Tensor:
 
 def _given(x: Tensor, async_op: bool) -> Handle | Tensor:
     return Handle(x) if async_op else x
-
-
-# ---------------------------------------------------------------------------------------------------- the recorder
-
-
-class Event(NamedTuple):
-    """One line of a recording; ``elements`` and ``bytes`` are what this rank receives (see the module's head)."""
-
-    op: str  # all_gather, reduce_scatter, all_reduce, all_to_all, shift or what its hops are part of, or mark
-    axis: str  # its name; empty for a mark
-    elements: int
-    bytes: int
-    phase: str  # started, waiting, waited or mark; a call that does not return a handle has all, one after the other
-    number: int  # of the transfer: joins its events
-    time: float  # time.perf_counter
-    note: str  # of a mark
-    passed: Any  # on a GPU, where waiting is the stream's: torch.cuda.Event of the current stream; else None
-
-
-class Total(NamedTuple):
-    """Sums over a recording's transfers."""
-
-    calls: int
-    elements: int
-    bytes: int
-
-
-@contextmanager
-def recording() -> Iterator[list[Event]]:
-    """Yields a list that fills with this process' events in order, from any thread, until the block ends.
-
-    An axis of size 1 moves nothing and records nothing.
-    """
-    events: list[Event] = []
-    _recorders.append(events)
-    try:
-        yield events
-    finally:
-        _recorders[:] = [r for r in _recorders if r is not events]
-
-
-def mark(note: str) -> None:
-    """Writes a line of the caller's own (what is computed now) between the transfers; nothing when nobody records."""
-    if _recorders:
-        _emit("mark", "", 0, 0, "mark", -1, note)
-
-
-def totals(events: list[Event], axis: str | None = None) -> dict[str, Total]:
-    """Calls, elements and bytes by operation, of one axis or of all."""
-    found: dict[str, Total] = {}
-    for e in events:
-        if e.phase == "started" and axis in (None, e.axis):
-            old = found.get(e.op, Total(0, 0, 0))
-            found[e.op] = Total(old.calls + 1, old.elements + e.elements, old.bytes + e.bytes)
-    return found
-
-
-def exposed_s(events: list[Event]) -> float:
-    """Seconds that computing stood still for transfers: from the call of ``wait`` until they were there."""
-    starts = {e.number: e for e in events if e.phase == "waiting"}
-    total = 0.0
-    for end in (e for e in events if e.phase == "waited"):
-        start = starts[end.number]
-        if end.passed is None:
-            total += end.time - start.time
-        else:
-            end.passed.synchronize()
-            total += start.passed.elapsed_time(end.passed) / 1e3
-    return total
-
-
-@contextmanager
-def slow_link(seconds: float = 0.0, bytes_per_s: float = float("inf")) -> Iterator[None]:
-    """For tests of overlap: a transfer takes ``seconds`` + bytes / ``bytes_per_s``, and one starts as another is there.
-
-    The delay is in ``wait``, on top of the real transfer, and costs no processor time. One link a rank, for all axes.
-    """
-    global _link
-    _link = _Link(seconds, bytes_per_s)
-    try:
-        yield
-    finally:
-        _link = None
-
-
-class _Link:
-    def __init__(self, seconds: float, bytes_per_s: float):
-        self.seconds, self.bytes_per_s, self.free = seconds, bytes_per_s, 0.0
-
-    def arrival(self, num_bytes: int) -> float:
-        """When a transfer that starts now is there; the link carries one at a time."""
-        self.free = max(self.free, time.perf_counter()) + self.seconds + num_bytes / self.bytes_per_s
-        return self.free
-
-
-_recorders: list[list[Event]] = []
-_numbers = itertools.count()
-_link: _Link | None = None
-
-
-def _emit(
-    op: str,
-    axis: str,
-    elements: int,
-    num_bytes: int,
-    phase: str,
-    number: int,
-    note: str = "",
-    device: torch.device | None = None,
-) -> None:
-    if _recorders:
-        passed = None
-        if device is not None and device.type == "cuda":
-            passed = torch.cuda.Event(enable_timing=True)
-            passed.record()
-        event = Event(op, axis, elements, num_bytes, phase, number, time.perf_counter(), note, passed)
-        for events in list(_recorders):
-            events.append(event)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from odit import tree
 from odit.ops import Ops, at_least_fp32
-from odit.parallel import collectives
+from odit.parallel import collectives, recorder
 from odit.parallel.collectives import roll, start_shift
 from odit.parallel.place import Place, split_tokens, where_heads
 
@@ -63,7 +63,7 @@ class _Ring:
             coming = None
             if step < n - 1:
                 coming = start_shift(chunk, self.axis, 1, 1, roll(self.tokens, step), part_of="ring_gather")
-            collectives.mark(f"qkv {step}")
+            recorder.mark(f"qkv {step}")
             x = (_unpack(chunk, h.dtype) if self.fp8 else chunk).detach().requires_grad_(training)
             with torch.set_grad_enabled(training):
                 three = self.ops.qkv(x, p, self._rows(tables, source))
@@ -83,14 +83,14 @@ class _Ring:
         for step in range(n):
             target = (rank - 1 - step) % n
             (x, edges), graphs[target] = graphs[target], None
-            collectives.mark(f"qkv input gradient {step}")
+            recorder.mark(f"qkv input gradient {step}")
             (dx,) = torch.autograd.grad(edges, x, chunks[target], retain_graph=True)
             if coming is not None:
                 dx = dx + coming.wait()
             if step < n - 1:
                 sizes = roll(self.tokens, step + 1)
                 coming = start_shift(dx, self.axis, 1, 1, sizes, part_of="ring_reduce_scatter")
-            collectives.mark(f"qkv weight gradient {step}")
+            recorder.mark(f"qkv weight gradient {step}")
             found = torch.autograd.grad(edges, leaves, chunks[target])
             found = [at_least_fp32(g) for g in found]
             totals = found if totals is None else [a + b for a, b in zip(totals, found)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from odit import tree
 from odit.ops import Ops
-from odit.parallel import collectives
+from odit.parallel import recorder
 from odit.parallel.bundle import Convoy, Gathering, Whole, free_
 
 Sink = Callable[[int, list[Tensor]], list[Tensor | None]]
@@ -67,7 +67,7 @@ class Sharded:
         """Starts block i's gather, into the storage of ``into`` where given."""
         if self.held is not None:
             return None
-        collectives.mark(f"gather {i}")
+        recorder.mark(f"gather {i}")
         return self.bundles[i].start_gather(shards, into)
 
     def finish(self, i: int, pending: list[Gathering] | None, shards: list[Tensor]) -> Whole:
@@ -81,13 +81,13 @@ class Sharded:
 
     def send(self, i: int, grads: list[Tensor]) -> Any:
         """Starts block i's reduction."""
-        collectives.mark(f"reduce {i}")
+        recorder.mark(f"reduce {i}")
         return self.bundles[i].start_reduce(grads)
 
     def receive(self, i: int, sending: Any, shards: list[Tensor]) -> list[Tensor | None]:
         """This rank's parts of block i's summed gradients, in the dtypes of the masters."""
         grads = self.bundles[i].finish_reduce(sending)
-        collectives.mark(f"received {i}")
+        recorder.mark(f"received {i}")
         return deliver(self.sink, i, grads, [shard.dtype for shard in shards])
 
 
@@ -150,7 +150,7 @@ class _Layers(torch.autograd.Function):
         for i in range(num_blocks):
             whole, pending = blocks.finish(i, pending, shards[i]), None  # its rows go before the next ones come
             pending = blocks.start(i + 1, shards[i + 1]) if i + 1 < num_blocks else None
-            collectives.mark(f"forward {i}")
+            recorder.mark(f"forward {i}")
             run = _Kept.run if training and not remat else _Kept.run_without_graph
             keep = run(block, params[i], whole, args, x, list(tensors[:num_args]), ctx.needs_input_grad)
             x = keep.y.detach()
@@ -175,9 +175,9 @@ class _Layers(torch.autograd.Function):
             whole, pending = blocks.finish(i, pending, shards[i]), None
             pending = blocks.start(i - 1, shards[i - 1], kept[i - 1].whole) if i else None
             if not keep.graph:
-                collectives.mark(f"forward again {i}")
+                recorder.mark(f"forward again {i}")
                 keep = _Kept.run(ctx.block, params[i], whole, args, keep.x, tensors[:num_args], ctx.needs_input_grad)
-            collectives.mark(f"backward {i}")
+            recorder.mark(f"backward {i}")
             dy, new_dargs, dwhole = keep.backward(dy)
             blocks.free(whole)
             dargs = [_add(a, b) for a, b in zip(dargs, new_dargs)]

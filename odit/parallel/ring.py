@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from odit.ops import Ops, at_least_fp32
-from odit.parallel import collectives
+from odit.parallel import collectives, recorder
 from odit.parallel.collectives import Sizes, roll, start_shift
 from odit.parallel.mesh import Axis
 from odit.parallel.place import Place, split_tokens
@@ -52,7 +52,7 @@ class _Ring:
         kv, o, lse = torch.stack((k, v)), None, None
         for step in range(n):
             coming = self._pass_on(kv, step) if step < n - 1 else None
-            collectives.mark(f"attend {step}")
+            recorder.mark(f"attend {step}")
             if q.numel() and kv.numel():
                 o, lse = merge(o, lse, *self.ops.attend_lse(q, *kv))
             kv = coming.wait() if coming is not None else None
@@ -66,7 +66,7 @@ class _Ring:
         kv, dq, own, travelling = torch.stack((k, v)), None, None, None
         for step in range(n):
             coming = self._pass_on(kv, step) if step < n - 1 else None
-            collectives.mark(f"attend backward {step}")
+            recorder.mark(f"attend backward {step}")
             dq, dkv = self._block(do, q, kv, o, lse, dq)
             if step == 0:
                 own = dkv
