@@ -9,8 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PURE = {
     *("tree", "random", "param", "ops", "nn", "models", "diffusion", "optim", "data", "metrics", "convert", "config"),
-    "compiling",
-    "encoders",
+    *("compiling", "encoders", "judge", "media"),
 }
 BOTH_SIDES = {"plan", "checks", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"}
 ALLOWED = {

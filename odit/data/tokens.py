@@ -1,29 +1,41 @@
-"""Bytes as tokens: captions for the text encoder that is trained along with a model."""
+"""Captions as bytes: a tokenizer that needs no vocabulary file."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-BEGIN, PAD = 256, 257
+BEGIN, PAD = 256, 257  # tokens 0..255 are the bytes themselves
 VOCABULARY = 258
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Captions to {"tokens" (B, S) int64, "mask" (B, S) bool}: a begin token, then UTF-8, cut at a whole character."""
+    """Makes UTF-8 bytes of captions, S = ``length`` tokens each: begin, bytes, padding.
+
+    The empty caption is the begin token alone: the null condition of guidance.
+    """
 
     length: int
-    """S."""
 
-    def __call__(self, captions: list[str]) -> dict[str, Tensor]:
-        """Tokens of captions; the empty one is the begin token alone."""
-        tokens_BS = torch.full((len(captions), self.length), PAD, dtype=torch.int64)
-        mask_BS = torch.zeros(len(captions), self.length, dtype=torch.bool)
-        for row, caption in enumerate(captions):
-            text = caption.encode()[: self.length - 1].decode(errors="ignore").encode()
-            tokens_BS[row, : len(text) + 1] = torch.tensor([BEGIN, *text])
-            mask_BS[row, : len(text) + 1] = True
-        return {"tokens": tokens_BS, "mask": mask_BS}
+    def __post_init__(self):
+        if self.length < 1:
+            raise ValueError(f"captions of {self.length} tokens have no room for the begin token: use 1 or more")
+
+    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Returns tokens (B, S) int64 and mask (B, S) bool, False at padding; cuts what is longer, between characters.
+
+        Raises UnicodeEncodeError for a caption that has no UTF-8 form (a lone surrogate).
+        """
+        rows = [[BEGIN, *_cut(caption, self.length - 1)] for caption in captions]
+        padded = [row + [PAD] * (self.length - len(row)) for row in rows]
+        tokens_BS = torch.tensor(padded, dtype=torch.int64).reshape(len(rows), self.length)
+        return {"tokens": tokens_BS, "mask": tokens_BS != PAD}
+
+
+def _cut(caption: str, num_bytes: int) -> bytes:
+    # Of valid UTF-8 cut anywhere, only the last character can be broken: decoding drops it.
+    return caption.encode()[:num_bytes].decode(errors="ignore").encode()
