@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from odit import checkpoint, checks, config, health, plan, random, record, sample, tree
+from odit import checkpoint, checks, config, health, media, plan, random, record, sample, tree
 from odit.health import CheckpointError
 from odit.models.config import Shape
 from odit.parallel import mesh as meshes
@@ -169,8 +168,7 @@ def write(args: Sample, composed: plan.Plan, shown: dict[str, list], pictures) -
     }
     classes = composed.shape.num_classes
     square = classes if classes == 10 and not args.label else math.ceil(args.num**0.5)
-    grid = record.picture_grid(pictures, min(args.columns or square, args.num))
-    record.save_png(args.out, grid, {"odit": json.dumps(recipe)})
+    media.save_png(args.out, media.grid(pictures, min(args.columns or square, args.num)), recipe)
     if args.tensors:
         from safetensors.torch import save_file
 

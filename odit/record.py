@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import odit
+from odit import media
 from odit.config import Run, to_json
 
 
@@ -29,7 +30,11 @@ class Recorder:
         from torch.utils.tensorboard import SummaryWriter
 
         self.out = run.out
-        write_json(run.out / "config.json", {**to_json(run), "_about": about()})
+        config, versions = to_json(run), about()
+        write_json(run.out / "config.json", {**config, "_about": versions})
+        # Where a run writes is no part of how its pictures came about: two runs of one config write the same bytes.
+        del config["out"], versions["command"]
+        self.recipe = {**config, "versions": versions}
         cut_metrics(run.out / "metrics.jsonl", step)
         self.metrics = open(run.out / "metrics.jsonl", "a", encoding="utf-8")
         self.board = SummaryWriter(str(run.out / "tensorboard"), purge_step=step + 1 if step else None)
@@ -45,12 +50,21 @@ class Recorder:
             if isinstance(value, (int, float)) and math.isfinite(value):
                 self.board.add_scalar(name, value, step)
 
-    def pictures(self, step: int, images_NCHW: Tensor, columns: int) -> Path:
-        """Writes a grid PNG, and the same to TensorBoard."""
-        grid = picture_grid(images_NCHW, columns)
-        path = self.out / "samples" / f"step_{step:08d}.png"
-        save_png(path, grid)
-        self.board.add_image("samples", grid, step, dataformats="HWC")
+    def pictures(self, step: int, x: Tensor, columns: int, fps: float = 8) -> Path:
+        """Writes a grid of pictures (N, C, H, W) as PNG, of clips (N, C, T, H, W) as MP4, and shows it in TensorBoard.
+
+        TensorBoard gets some frames of some clips. The recipe is the step, the run's config and versions.
+        """
+        name, recipe = self.out / "samples" / f"step_{step:08d}", {"step": step, **self.recipe}
+        x = x[:, :, 0] if x.ndim == 5 and x.shape[2] == 1 else x
+        path = name.with_suffix(".png" if x.ndim == 4 else ".mp4")
+        if x.ndim == 4:
+            shown_CHW = media.grid(x, columns)
+            media.save_png(path, shown_CHW, recipe)
+        else:
+            shown_CHW = media.strip(x[:8])
+            media.save_mp4(path, media.clip_grid(x, columns), fps, recipe)
+        self.board.add_image("samples", media.pixels(shown_CHW[None])[0], step, dataformats="HWC")
         return path
 
     def __enter__(self) -> Recorder:
@@ -67,7 +81,7 @@ class Silent:
     def log(self, step: int, values: dict[str, Any], prefix: str = "") -> None:
         """Nothing."""
 
-    def pictures(self, step: int, images_NCHW: Tensor, columns: int) -> None:
+    def pictures(self, step: int, x: Tensor, columns: int, fps: float = 8) -> None:
         """Nothing."""
 
     def __enter__(self) -> Silent:
@@ -144,36 +158,3 @@ def _git(*args: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()
-
-
-def picture_grid(images_NCHW: Tensor, columns: int, gap: int = 2, least: int = 64) -> Tensor:
-    """Lays pictures in [-1, 1] out in rows: (height, width, 3) uint8.
-
-    Small ones are enlarged to ``least`` pixels a side without smoothing; latents of other than 1 or 3 channels show
-    their first.
-    """
-    N, C, H, W = images_NCHW.shape
-    images = images_NCHW if C == 3 else images_NCHW[:, :1].expand(N, 3, H, W)
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    zoom = max(1, -(-least // H))
-    pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    rows = -(-N // columns)
-    height, width = H * zoom + gap, W * zoom + gap
-    grid = torch.full((rows * height + gap, columns * width + gap, 3), 255, dtype=torch.uint8)
-    for n, picture in enumerate(pixels):
-        top, left = gap + (n // columns) * height, gap + (n % columns) * width
-        grid[top : top + H * zoom, left : left + W * zoom] = picture.permute(1, 2, 0)
-    return grid
-
-
-def save_png(path: Path, grid_HWC: Tensor, text: dict[str, str] | None = None) -> None:
-    """Writes a uint8 picture; ``text`` becomes the PNG's text fields."""
-    from PIL import Image, PngImagePlugin
-
-    info = PngImagePlugin.PngInfo()
-    for name, value in (text or {}).items():
-        info.add_text(name, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(grid_HWC.numpy()).save(temporary, format="PNG", pnginfo=info)
-    os.replace(temporary, path)
