@@ -1,4 +1,4 @@
-"""Draws pictures: ``python experiments/sample.py --checkpoint runs/digits/ema.safetensors --out x.png --num 16``.
+"""Draws pictures and clips: ``python experiments/sample.py --checkpoint runs/digits/ema.safetensors --out x.png``.
 
 Under ``torchrun --nproc_per_node 2 -- experiments/sample.py ...`` the ranks draw a share each, of the same pictures;
 with ``--parallel.cfg 2`` two of them the halves of a guidance pair.
@@ -31,8 +31,11 @@ class Sample:
 
     checkpoint: Path
     """Checkpoint folder, or weights file."""
-    out: Path = Path("samples.png")
-    """The picture to write: a grid of all samples; its text fields hold the recipe."""
+    out: Path | None = None
+    """The grid of all samples to write, whose metadata holds the recipe: .png (of clips some frames), .mp4 or .gif;
+    samples.png, or samples.mp4 for clips, unless given."""
+    fps: float = 8.0
+    """Frames a second of clips."""
     num: int = 16
     """Pictures."""
     label: tuple[int, ...] = ()
@@ -91,6 +94,7 @@ def main(args: Sample) -> None:
         if rank == 0 and composed.notes:
             print(*composed.notes, sep="\n")
         shown, conditions = choose(args, composed)
+        args = dataclasses.replace(args, out=target(args.out, len(composed.shape.size) == 3))
         for path in filter(None, (args.out, args.tensors)):
             path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work
         params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
@@ -138,7 +142,7 @@ def choose(args: Sample, composed: plan.Plan) -> tuple[dict[str, list], tree.Tre
     """What each picture shows, for people and for the model."""
     if composed.tokenize is None:
         if args.prompt or args.prompts:
-            raise ValueError("prompt is given but this model was trained without captions: use --label, or leave it out")
+            raise ValueError("prompt is given but this model has no captions: use --label, or leave it out")
         labels = sample.choose_labels(args.num, composed.shape.num_classes, args.label)
         return {"labels": labels.tolist()}, labels
     if args.label:
@@ -148,6 +152,15 @@ def choose(args: Sample, composed: plan.Plan) -> tuple[dict[str, list], tree.Tre
         raise ValueError('prompt is not given but this model draws by captions: use --prompt "..." or --prompts FILE')
     prompts = [prompts[i % len(prompts)] for i in range(args.num)]
     return {"prompts": prompts}, composed.tokenize(prompts)
+
+
+def target(out: Path | None, clips: bool) -> Path:
+    """The file to write; raises ValueError for a kind that cannot hold the samples."""
+    out = out or Path("samples.mp4" if clips else "samples.png")
+    kinds = (".mp4", ".gif", ".png") if clips else (".png",)
+    if out.suffix not in kinds:
+        raise ValueError(f"out is {out}, which cannot hold {'clips' if clips else 'pictures'}: use {', '.join(kinds)}")
+    return out
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -168,7 +181,14 @@ def write(args: Sample, composed: plan.Plan, shown: dict[str, list], pictures) -
     }
     classes = composed.shape.num_classes
     square = classes if classes == 10 and not args.label else math.ceil(args.num**0.5)
-    media.save_png(args.out, media.grid(pictures, min(args.columns or square, args.num)), recipe)
+    columns = min(args.columns or square, args.num)
+    if pictures.ndim == 4:
+        media.save_png(args.out, media.grid(pictures, columns), recipe)
+    elif args.out.suffix == ".png":
+        media.save_png(args.out, media.strip(pictures), recipe)
+    else:
+        save = media.save_mp4 if args.out.suffix == ".mp4" else media.save_gif
+        save(args.out, media.clip_grid(pictures, columns), args.fps, recipe)
     if args.tensors:
         from safetensors.torch import save_file
 

@@ -273,7 +273,9 @@ def finish(composed, dataset, state, recorder) -> None:
         alone = plan.compose(dataclasses.replace(plan.alone(run), device="cpu"), composed.shape)
         whole = checkpoint.load_weights(out / "checkpoints" / f"step_{state.step:08d}", alone)
         checkpoint.save_weights(out / "ema.safetensors", whole, about(composed, dataset, state))
-    say(composed, f"weights: {out / 'ema.safetensors'}\nsamples: {out / 'samples' / f'step_{state.step:08d}.png'}")
+    kind = "mp4" if len(composed.shape.size) == 3 else "png"
+    shown = out / "samples" / f"step_{state.step:08d}.{kind}"
+    say(composed, f"weights: {out / 'ema.safetensors'}\nsamples: {shown}")
     if run.evaluate and run.data.source == "digits":
         progress = functools.partial(tqdm, unit="step", leave=False, disable=not run.progress or composed.mesh.rank > 0)
         found = evaluate.evaluate(composed, state.ema, dataset, progress=progress)

@@ -237,12 +237,12 @@ def expected_shape(run: Run) -> Shape | None:
     if run.encoders.vae != "none" or cfg.source == "latents":
         return None
     channels, size, num_classes = data.expected(cfg)
-    return Shape(channels, size, num_classes, outputs, run.encoders.text_length if data.captioned(cfg) else 0)
+    return Shape(channels, size, num_classes, outputs, run.encoders.text_length if data.has_captions(cfg) else 0)
 
 
 def _check_encoders(run: Run) -> None:
     """Encoders that nothing would use are refused."""
-    if run.encoders.text != "bytes" and not data.captioned(run.data):
+    if run.encoders.text != "bytes" and not data.has_captions(run.data):
         raise ValueError(
             f"encoders.text is {run.encoders.text} but data.source {run.data.source} has no captions: leave it out"
         )

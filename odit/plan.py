@@ -231,13 +231,13 @@ def alone(run: Run) -> Run:
 
 def tokenizer(run: Run) -> Callable[[list[str]], dict[str, torch.Tensor]] | None:
     """What turns captions into tensors, for data that has some."""
-    return Bytes(run.encoders.text_length) if data.captioned(run.data) else None
+    return Bytes(run.encoders.text_length) if data.has_captions(run.data) else None
 
 
 def shape_of(run: Run, dataset: data.Dataset) -> Shape:
     """What the model is built around on this data."""
     channels, *size = dataset.shape
-    length = run.encoders.text_length if data.captioned(run.data) else 0
+    length = run.encoders.text_length if data.has_captions(run.data) else 0
     return Shape(channels, tuple(size), dataset.num_classes, 2 if run.diffusion.learned_variance else 1, length)
 
 

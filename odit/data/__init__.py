@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from odit.data.dataset import BadSample, Batch, DataError, Dataset
 
-__all__ = ["BadSample", "Batch", "Config", "DataError", "Dataset", "captioned", "check", "expected", "open_dataset"]
+__all__ = ["BadSample", "Batch", "Config", "DataError", "Dataset", "check", "expected", "has_captions", "open_dataset"]
 
 Source = Literal["digits", "digits-text", "moving-digits", "folder", "table", "tars", "synthetic"]
 
@@ -114,7 +114,7 @@ def _check_digits(cfg: Config) -> None:
         )
 
 
-def captioned(cfg: Config) -> bool:
+def has_captions(cfg: Config) -> bool:
     """Whether samples come with captions."""
     return cfg.source in ("digits-text", "moving-digits") or (cfg.source in ("table", "tars") and cfg.label is None)
 
@@ -141,7 +141,7 @@ def open_dataset(cfg: Config, tokenize: Callable[[list[str]], dict[str, Any]] | 
         tokenize: turns captions into tensors with B first; for data that has some.
     """
     check(cfg)
-    assert (tokenize is not None) == captioned(cfg), "captions and what reads them come together"
+    assert (tokenize is not None) == has_captions(cfg), "captions and what reads them come together"
     channels, size, num_classes = expected(cfg)
     if cfg.source == "digits":
         from odit.data.digits import Digits
