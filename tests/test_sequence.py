@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import redraw
 
-from odit import nn, random, tree
+from odit import random, tree
+from odit.data.tokens import Bytes
 from odit.models import dit, latte
-from odit.ops import Ops, attend, attend_grad, attend_grad_flash, attend_lse, attend_lse_flash, linear
+from odit.ops import Ops, attend, attend_grad, attend_grad_flash, attend_lse, attend_lse_flash
 from odit.parallel import collectives, recorder, ring, sequence, zero
 from odit.parallel.mesh import Axis, single
 from odit.parallel.place import Place
@@ -49,30 +50,27 @@ def image_dit(length, heads):
 
 
 def video_dit(length, heads):
-    """DiT's blocks on clips, with 3-D rotary positions, QK-norm and SwiGLU; frames of one row of patches."""
-    cfg = dit.Config(width=12 * heads, depth=2, heads=heads, qk_norm=True, mlp="swiglu")
+    """A video DiT with captions: 3-D rotary positions, QK-norm, SwiGLU, adaLN-single, cross-attention to bytes that its
+    own encoder reads; frames of one row of patches."""
+    cfg = dit.Config(
+        width=12 * heads, depth=2, heads=heads, qk_norm=True, mlp="swiglu", positions="rotary", adaln="single",
+        text_depth=1,
+    )  # fmt: skip
     frames = 4 if length % 4 == 0 else 1
-    declared = dit.declare(cfg, dit.Shape(2, 2, 0, 1))
+    size = (frames, 2, 2 * length // frames)
+    declared = dit.declare(cfg, dit.Shape(2, size, text_length=7))
 
     def run(params, ids_B, ops):
-        clips = drawn("clip", (frames, 2, 2, 2 * length // frames), ids_B)
-        tokens = nn.patchify(clips.transpose(1, 2), 2)
-        x, tables = ops.enter(linear(tokens, params["patch"]), *rotary_3d(frames, length // frames))
-        c_BD = nn.embed_timestep(drawn("t", (), ids_B), params["time"])
-        x = ops.layers(dit.make_block(cfg, ops), params["blocks"], x, c_BD, tables)
-        h = ops.modulate(x, *nn.adaln(c_BD, params["final"]["adaln"], 2))
-        out = ops.leave(linear(h, params["final"]["out"]))
-        return (out - drawn("target", (length, 8), ids_B)).square().flatten(1).mean(1)
+        x = drawn("clip", (2, *size), ids_B)
+        out = dit.forward(params, x, drawn("t", (), ids_B) * 100, captions(ids_B), cfg, ops)
+        return (out - drawn("target", tuple(out.shape[1:]), ids_B)).square().flatten(1).mean(1)
 
     return Case(declared, run, length, heads)
 
 
-def rotary_3d(frames, columns):
-    """Two of a head's six pairs turn with the frame, four with the column."""
-    grid = torch.meshgrid(torch.arange(frames), torch.arange(columns), indexing="ij")
-    t, x = (p.flatten().double()[:, None] for p in grid)
-    angle = torch.cat([t * torch.tensor([1.0, 0.3]).double(), x * torch.tensor([1.0, 0.5, 0.2, 0.1]).double()], -1)
-    return angle.cos(), angle.sin()
+def captions(ids_B):
+    """Captions of 1 to 6 bytes."""
+    return Bytes(7)(["a clip"[: 1 + int(i) % 6] for i in ids_B])
 
 
 def own(length, heads):
@@ -87,15 +85,17 @@ def own(length, heads):
 
 
 def time_space(length, heads):
-    """Latte on clips of 4 or, where 4 does not divide, 7 frames."""
+    """Latte on clips of 4 frames, with labels, or, where 4 does not divide, of 7, with captions and adaLN-single."""
     frames = 4 if length % 4 == 0 else 7
     positions = -(-length // frames)
-    cfg = dit.Config(width=24, depth=4, heads=heads, patch=2)
-    declared = latte.declare(cfg, dit.Shape(1, (frames, 2, 2 * positions), 5))
+    cfg = dit.Config(arch="latte", width=24, depth=4, heads=heads, patch=2, text_depth=1)
+    size, plain = (frames, 2, 2 * positions), frames == 4
+    cfg = dataclasses.replace(cfg, adaln="zero" if plain else "single")
+    declared = latte.declare(cfg, dit.Shape(1, size, 5 if plain else 0, text_length=0 if plain else 7))
 
     def run(params, ids_B, ops):
-        clips = drawn("clip", (1, frames, 2, 2 * positions), ids_B)
-        out = latte.forward(params, clips, drawn("t", (), ids_B) * 100, ids_B % 6, cfg, ops)
+        y = ids_B % 6 if plain else captions(ids_B)
+        out = latte.forward(params, drawn("clip", (1, *size), ids_B), drawn("t", (), ids_B) * 100, y, cfg, ops)
         return (out - drawn("target", tuple(out.shape[1:]), ids_B)).square().flatten(1).mean(1)
 
     return Case(declared, run, frames * positions, heads, frames)

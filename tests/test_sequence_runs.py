@@ -13,12 +13,18 @@ from test_zero import KEY, eight_steps, fp64_plan, fp64_state, with_
 from odit import compiling, config, data, memory, ops, plan, random, sample, train, tree, validate
 from odit.config import Guidance, Parallel, Sampling
 from odit.data import loader
+from odit.data.dataset import READ_KEY
 from odit.models import dit
 from odit.parallel import sequence
 from odit.parallel.mesh import Axis, single
 
 NAMES = [name for name, s in sequence.STRATEGIES.items() if not s.time_space]
 DIGITS = dataclasses.replace(config.presets()["digits"][1], device="cpu", threads=1, steps=8, evaluate=False)
+MOVING = dataclasses.replace(
+    config.presets()["moving-digits"][1],
+    **{"device": "cpu", "threads": 1, "steps": 8, "evaluate": False, "global_batch": 8},
+    model=dit.Config(arch="latte", width=24, depth=4, heads=4, patch=4, frame_patch=2, text_depth=1),
+)
 
 
 def sizes(name, sp, heads=4):
@@ -34,14 +40,32 @@ def digits_alone():
     return eight_steps(single(), dataclasses.replace(config.presets()["digits"][1], steps=8, evaluate=False))
 
 
+@pytest.fixture(scope="module")
+def moving_alone():
+    return eight_steps(single(), MOVING)
+
+
 @pytest.mark.parametrize("name", [*NAMES, "auto"])
 @pytest.mark.parametrize("sp, stage", [(2, 2), (2, 3), (4, 2), (4, 3)])
 def test_digits_in_fp32_see_the_same_draws(ranks, digits_alone, name, sp, stage):
     """Eight steps of the preset on four ranks: digests bit for bit, losses within 1e-5."""
     inner = 2 if name == "usp" and sp == 4 else None
     run = dataclasses.replace(DIGITS, parallel=Parallel(sp=sp, sequence=name, ulysses=inner, zero=stage))
-    for log in ranks.run(4, eight_steps, run, **sizes(name, sp)):
-        for (loss, word), (loss1, word1) in zip(log, digits_alone, strict=True):
+    same_log(ranks.run(4, eight_steps, run, **sizes(name, sp)), digits_alone)
+
+
+@pytest.mark.parametrize("name", ["dsp", "auto"])
+@pytest.mark.parametrize("sp, stage", [(2, 2), (2, 3), (4, 2), (4, 3)])
+def test_moving_digits_in_fp32_see_the_same_draws(ranks, moving_alone, name, sp, stage):
+    """The same of a small Latte on captioned clips."""
+    run = dataclasses.replace(MOVING, parallel=Parallel(sp=sp, sequence=name, zero=stage))
+    same_log(ranks.run(4, eight_steps, run, sp=sp), moving_alone)
+
+
+def same_log(logs, alone):
+    """Digests bit for bit, losses within 1e-5."""
+    for log in logs:
+        for (loss, word), (loss1, word1) in zip(log, alone, strict=True):
             assert word == word1 and abs(loss - loss1) <= 1e-5
 
 
@@ -50,9 +74,13 @@ def test_digits_in_fp32_see_the_same_draws(ranks, digits_alone, name, sp, stage)
 def test_remat_and_offload_change_nothing(ranks, digits_alone, name, how):
     options = {"remat": "block"} if how == "remat" else {"offload": "optimizer"}
     run = dataclasses.replace(DIGITS, micro_batch=24, parallel=Parallel(sp=2, sequence=name, zero=3, **options))
-    for log in ranks.run(4, eight_steps, run, **sizes(name, 2)):
-        for (loss, word), (loss1, word1) in zip(log, digits_alone, strict=True):
-            assert word == word1 and abs(loss - loss1) <= 1e-5
+    same_log(ranks.run(4, eight_steps, run, **sizes(name, 2)), digits_alone)
+
+
+@pytest.mark.parametrize("options", [{"remat": "block"}, {"offload": "optimizer"}])
+def test_remat_and_offload_change_nothing_of_dsp(ranks, moving_alone, options):
+    run = dataclasses.replace(MOVING, micro_batch=2, parallel=Parallel(sp=2, sequence="dsp", zero=3, **options))
+    same_log(ranks.run(4, eight_steps, run, sp=2), moving_alone)
 
 
 def other_samples(mesh):
@@ -78,7 +106,7 @@ def validated(mesh, bad_rank):
     dataset.held_out_ids = dataset.held_out_ids[:20]
     bad, read = int(dataset.held_out_ids[7]), dataset.read
 
-    def torn(ids):
+    def torn(ids, key=READ_KEY):
         if bad in torch.as_tensor(ids).tolist() and mesh.rank in bad_rank:
             raise data.BadSample("picture 7", "torn")
         return read(ids)
@@ -106,10 +134,11 @@ DRAWN = dataclasses.replace(
 )
 
 
-def pictures_on(mesh, name="auto", cfg=1, stage=0, batch=4, ulysses=None):
+def pictures_on(mesh, name="auto", cfg=1, stage=0, batch=4, ulysses=None, run=DRAWN):
     layout = Parallel(sp=mesh.sp.size, sequence=name, cfg=cfg, zero=stage, ulysses=ulysses)
-    run = dataclasses.replace(DRAWN, global_batch=12, parallel=layout)
-    composed = plan.make(run, data.open_dataset(run.data), mesh)
+    run = dataclasses.replace(run, global_batch=12, parallel=layout)
+    dataset = data.open_dataset(run.data, plan.tokenizer(run))
+    composed = plan.make(run, dataset, mesh)
     whole = redraw(composed.declared, dtype=torch.float32)
     params = tree.map(lambda w, s: s.take(w, mesh.all.rank).clone(), whole, composed.layout.specs)
     start, normal, key = {}, random.normal, random.fold_in(random.key(3), "sample")
@@ -122,7 +151,8 @@ def pictures_on(mesh, name="auto", cfg=1, stage=0, batch=4, ulysses=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(random, "normal", noted)
-        pictures = sample.sample(composed, params, sample.spread_labels(6, 10), random.key(3), batch=batch)
+        shown = sample.previews(composed, dataset, 6, 10)
+        pictures = sample.sample(composed, params, shown, random.key(3), batch=batch)
     return pictures, start
 
 
@@ -143,6 +173,23 @@ def test_pictures_are_those_of_one_rank(ranks, drawn_alone, name, world, sp, sta
 def test_split_guidance_over_shared_tokens(ranks, drawn_alone, name):
     found = ranks.run(4, pictures_on, name, 2, 3, **sizes(name, 2), cfg=2)
     same_pictures(found, drawn_alone)
+
+
+CLIPS = dataclasses.replace(MOVING, sampling=DRAWN.sampling)
+
+
+@pytest.fixture(scope="module")
+def clips_alone():
+    return pictures_on(single(), run=CLIPS)
+
+
+MESHES = [(2, 2, 1, 0), (3, 3, 1, 0), (4, 4, 1, 3), (4, 2, 1, 3), (4, 2, 2, 3)]
+
+
+@pytest.mark.parametrize("world, sp, cfg, stage", MESHES)
+def test_clips_under_dsp_are_those_of_one_rank(ranks, clips_alone, world, sp, cfg, stage):
+    """Shares of 8 frames and 16 places over 2, 3 and 4 ranks; the last case splits guidance over two groups as well."""
+    same_pictures(ranks.run(world, pictures_on, "dsp", cfg, stage, 3, None, CLIPS, sp=sp, cfg=cfg), clips_alone)
 
 
 def same_pictures(found, alone):
