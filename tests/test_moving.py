@@ -97,11 +97,12 @@ def test_digits_move_evenly_all_the_way_in_their_direction(frames, size):
 
 def test_starts_and_free_coordinates_are_uniform(dataset):
     ids = torch.arange(8000)
-    right = dataset.corners(ids, KEY)[dataset.directions(ids) == 0]
-    counts = torch.bincount(right[:, 0, 0], minlength=9)
-    assert len(counts) == 9 and counts.min() > 75 and counts.max() < 150  # 111 expected, deviation 10
-    by_distance = Counter((int(path[-1, 1] - path[0, 1]), int(path[0, 1])) for path in right)
-    assert set(by_distance) == {(d, start) for d in (5, 6, 7, 8) for start in range(9 - d)}
+    for way, along, free in ((0, 1, 0), (2, 0, 1)):  # right and down
+        paths = dataset.corners(ids, KEY)[dataset.directions(ids) == way]
+        counts = torch.bincount(paths[:, 0, free], minlength=9)
+        assert len(counts) == 9 and counts.min() > 75 and counts.max() < 150  # 111 expected, deviation 10
+        found = {(int(path[-1, along] - path[0, along]), int(path[0, along])) for path in paths}
+        assert found == {(distance, start) for distance in (5, 6, 7, 8) for start in range(9 - distance)}
 
 
 def test_a_clip_belongs_to_key_and_draw_id(dataset):
@@ -218,7 +219,12 @@ def test_clips_that_show_nothing_or_stand_still_have_no_direction(clips):
     one_frame[:, :, 5] = standing[:, :, 5]
     for x in (standing, noisy(standing, 0.15), one_frame, torch.full_like(standing, math.nan)):
         assert (judge.direction(x) == -1).all()
-    assert torch.isfinite(judge.still(torch.full_like(standing, math.nan))).all()
+
+
+def test_what_is_no_number_is_background(dataset, clips):
+    holes = torch.where(clips == -1, math.nan, clips)
+    assert torch.equal(judge.direction(holes), dataset.directions(dataset.held_out_ids[::3]))
+    assert torch.equal(judge.still(holes), judge.still(clips))
 
 
 def test_still_is_the_digit(dataset, clips):
