@@ -126,7 +126,7 @@ def save_gif(path: Path, x_TCHW: Tensor, fps: float, recipe: dict[str, Any]) -> 
         frames = [Image.fromarray(frame_HW.contiguous().numpy()) for frame_HW in frames_THWC[..., 0]]
     else:  # one palette for the whole clip: colours that stay the same must not flicker
         tall = Image.fromarray(frames_THWC.reshape(T * H, W, 3).numpy())
-        tall = tall.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        tall = tall.quantize(256, method=Image.Quantize.MEDIANCUT)
         frames = [tall.crop((0, t * H, W, (t + 1) * H)) for t in range(T)]
     with _whole(path) as temporary:
         frames[0].save(
