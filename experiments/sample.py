@@ -119,7 +119,7 @@ def read_run(args: Sample, world: int) -> tuple[config.Run, Shape]:
     run, shape = plan.alone(config.from_json(config.Run, about["config"])), Shape(**about["shape"])
     sampling = sample.override(
         run.sampling,
-        shape.num_classes,
+        shape.conditional,
         solver=args.solver,
         steps=args.steps,
         scale=args.guidance,

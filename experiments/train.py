@@ -261,12 +261,12 @@ def identity(dataset: data.Dataset) -> str:
 
 def finished(run: config.Run) -> bool:
     """Whether the end of a run has left all it should."""
-    judged = not run.evaluate or run.data.source != "digits" or (run.out / "evaluation.json").exists()
+    judged = not run.evaluate or run.data.source not in evaluate.JUDGES or (run.out / "evaluation.json").exists()
     return judged and (run.out / "ema.safetensors").exists()
 
 
 def finish(composed, dataset, state, recorder) -> None:
-    """The weights to share, where things lie and, for digits, the judgement; its last line is the class accuracy."""
+    """The weights to share, where things lie and, for digits, the judgement, whose last line is the accuracy."""
     run, out = composed.run, composed.run.out
     if composed.mesh.rank == 0:
         # Read back from the checkpoint: no rank ever holds the whole EMA while it trains.
@@ -276,7 +276,7 @@ def finish(composed, dataset, state, recorder) -> None:
     kind = "mp4" if len(composed.shape.size) == 3 else "png"
     shown = out / "samples" / f"step_{state.step:08d}.{kind}"
     say(composed, f"weights: {out / 'ema.safetensors'}\nsamples: {shown}")
-    if run.evaluate and run.data.source == "digits":
+    if run.evaluate and run.data.source in evaluate.JUDGES:
         progress = functools.partial(tqdm, unit="step", leave=False, disable=not run.progress or composed.mesh.rank > 0)
         found = evaluate.evaluate(composed, state.ema, dataset, progress=progress)
         if composed.mesh.rank == 0:

@@ -40,7 +40,7 @@ def check(run: Run, shape: Shape | None = None, world: int = 1) -> None:
         model_config.check(run.model, shape)
         _check_sequence(run, shape, sp, world)
         check_sampling(run.sampling, run.model, shape, objective)
-    if run.evaluate and run.data.source == "digits" and run.data.held_out * 1797 < 1:
+    if run.evaluate and run.data.source in data.DIGITS and run.data.held_out * 1797 < 1:
         raise ValueError(
             f"data.held_out is {run.data.held_out} but evaluate needs held-out digits for its judge: "
             "use --data.held-out 0.1666 or --no-evaluate"

@@ -109,11 +109,13 @@ def choose_labels(num: int, num_classes: int, chosen: tuple[int, ...]) -> Tensor
     return torch.tensor(chosen).repeat(-(-num // len(chosen)))[:num]
 
 
-def override(told: Sampling, num_classes: int, **given: Any) -> Sampling:
+def override(told: Sampling, conditional: bool, **given: Any) -> Sampling:
     """A run's own sampling with a command line's solver, steps, scale, interval and channels; None keeps its own."""
     given = {name: value for name, value in given.items() if value is not None}
-    if "scale" in given and given["scale"] != 1 and not num_classes:
-        raise ValueError(f"guidance is {given['scale']} but this model knows no classes: leave guidance out")
+    if "scale" in given and given["scale"] != 1 and not conditional:
+        raise ValueError(
+            f"guidance is {given['scale']} but this model knows no classes and no captions: leave guidance out"
+        )
     guided = {name: given.pop(name) for name in ("scale", "interval", "channels") if name in given}
     return dataclasses.replace(told, guidance=dataclasses.replace(told.guidance, **guided), **given)
 
