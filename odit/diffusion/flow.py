@@ -22,12 +22,27 @@ class Flow:
     times: Literal["uniform", "logit-normal"] = "uniform"
     time_scale: float = 1.0
     """Factor from t to what the timestep embedding sees."""
+    shift: float = 1.0
+    """Moves times towards noise: see ``shifted``."""
 
     def draw_times(self, uniform_B: Tensor, normal_B: Tensor) -> Tensor:
-        """Makes fp32 times of fp32 draws: the uniforms themselves, or the logistic function of the normals."""
+        """Makes fp32 times of fp32 draws: the uniforms themselves, or the logistic function of the normals; shifted."""
         if self.times == "uniform":
-            return uniform_B.float()
-        return 1 / (1 + torch.exp(-normal_B.float()))  # torch.sigmoid's bits depend on how a tensor is sliced
+            return self.shifted(uniform_B.float())
+        # torch.sigmoid's bits depend on how a tensor is sliced
+        return self.shifted(1 / (1 + torch.exp(-normal_B.float())))
+
+    def shifted(self, t):
+        """Maps t so that the noise level l = 1 - t becomes shift l / (1 + (shift - 1) l); a number or a tensor.
+
+        The more values tell of one thing (pixels of a large picture, frames of a clip), the more noise hides as much
+        of it: Esser et al. 2024 (Stable Diffusion 3), eq. 23, with shift the root of how many times more.
+        """
+        return t if self.shift == 1 else t / (t + self.shift * (1 - t))
+
+    def grid(self, steps: int) -> list[float]:
+        """Times of ``steps`` solver steps, from 0 (noise) to 1 (data): even ones, shifted."""
+        return [self.shifted(i / steps) for i in range(steps + 1)]
 
     def network_time(self, t_B: Tensor) -> Tensor:
         """Gives the fp32 time that the timestep embedding sees."""

@@ -172,29 +172,32 @@ def _dpmpp(gaussian, model, x, loop, noise_at, clip):
     return x
 
 
-# Flow solvers run over even steps in t, from 0 (noise) to 1 (data).
+# Flow solvers run over the flow's grid in t, from 0 (noise) to 1 (data): even steps, unless it shifts them.
 
 
-def _velocity(flow: Flow, model, x: Tensor, steps: int):
-    """Makes ``velocity(x, i)`` at t = i / steps."""
-    net = flow.network_time(torch.arange(steps + 1, dtype=torch.float64) / steps).to(x.device)
-    return lambda x, i: model(x, net[i].expand(len(x)), level(flow, i / steps)).to(x.dtype)
+def _velocity(flow: Flow, model, x: Tensor, grid: list[float]):
+    """Makes ``velocity(x, i)`` at time i of the grid."""
+    net = flow.network_time(torch.tensor(grid, dtype=torch.float64)).to(x.device)
+    return lambda x, i: model(x, net[i].expand(len(x)), level(flow, grid[i])).to(x.dtype)
 
 
 def _euler(flow, model, x, steps, loop, noise_at):
-    velocity = _velocity(flow, model, x, steps)
+    grid = flow.grid(steps)
+    velocity = _velocity(flow, model, x, grid)
     for i in loop:
-        x = x + velocity(x, i) / steps
+        x = x + velocity(x, i) * (grid[i + 1] - grid[i])
     return x
 
 
 def _heun(flow, model, x, steps, loop, noise_at):
     """The explicit trapezoid rule: two model calls a step."""
-    velocity = _velocity(flow, model, x, steps)
+    grid = flow.grid(steps)
+    velocity = _velocity(flow, model, x, grid)
     for i in loop:
+        dt = grid[i + 1] - grid[i]
         here = velocity(x, i)
-        there = velocity(x + here / steps, i + 1)
-        x = x + (here + there) / (2 * steps)
+        there = velocity(x + here * dt, i + 1)
+        x = x + (here + there) * (dt / 2)
     return x
 
 
@@ -205,13 +208,14 @@ def _sde(flow, model, x, steps, loop, noise_at):
     v - (x - t v), finite from t = 0 to 1. The last step adds its drift and no noise (SiT's "Mean"), for the same reason
     as the last step of ddpm: its noise would stay in the sample.
     """
-    velocity = _velocity(flow, model, x, steps)
+    grid = flow.grid(steps)
+    velocity = _velocity(flow, model, x, grid)
     for i in loop:
-        t = i / steps
+        t, dt = grid[i], grid[i + 1] - grid[i]
         v = velocity(x, i)
-        x = x + (v - (x - t * v)) / steps
+        x = x + (v - (x - t * v)) * dt
         if i < steps - 1:
-            x = x + (2 * (1 - t) / steps) ** 0.5 * noise_at(i).to(x)
+            x = x + (2 * (1 - t) * dt) ** 0.5 * noise_at(i).to(x)
     return x
 
 

@@ -130,8 +130,7 @@ def condition(params: dict, t_B: Tensor, y: Any, cfg: Config) -> tuple[Tensor, t
         return c_BD, ()
     p, dtype, mask_BS = params["text"], c_BD.dtype, y["mask"]
     if "encoder" in p:
-        text_BSE = text.encode(p["encoder"], y["tokens"], mask_BS)
-        y = {"text": text_BSE, "pooled": text_BSE[:, 0]}  # the begin token sees all others
+        y = dict(zip(("text", "pooled"), text.encode(p["encoder"], y["tokens"], mask_BS)))
     if cfg.text == "pooled":
         return c_BD + nn.project(y["pooled"].to(dtype), p), ()
     return c_BD, (nn.project(y["text"].to(dtype), p), mask_BS)
