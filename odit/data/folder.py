@@ -1,30 +1,19 @@
-"""A folder of pictures: one sub-folder a class, or no sub-folders and no classes.
-
-Every picture becomes 8-bit RGB by one rule: the first frame; turned as its EXIF orientation says; transparency laid
-over white; 16-bit samples cut to their high byte; grey, palette and CMYK by Pillow's plain formulas (colour profiles
-are not applied). Pixels without a stated range (floats, 32-bit integers beyond 16 bits) make a bad sample. Then it is
-resized and centre-cropped to a square.
-"""
+"""A folder of pictures: one sub-folder a class, or no sub-folders and no classes."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from odit import random
-from odit.data.dataset import READ_KEY, BadSample, DataError, sample_ids, split
+from odit.data.dataset import READ_KEY, DataError, sample_ids, split
+from odit.data.pictures import EXTENSIONS, centre_crop, read_picture
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MAX_PIXELS = 64_000_000
-"""More than this is refused from the header: a decoded picture would take 200 MB or more."""
-MAX_ASPECT = 20
-"""Longer than this many times its width (or the other way), a picture's centre crop shows next to nothing of it."""
+__all__ = ["Folder", "centre_crop", "find_pictures", "read_picture"]
 
 
 class Folder:
@@ -101,73 +90,3 @@ def _walk(path: Path, folder: str) -> list[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         names += [os.path.relpath(os.path.join(parent, name), path) for name in files if _is_picture(name)]
     return sorted(names)
-
-
-def read_picture(path: Path, size: int) -> Tensor:
-    """Reads one picture as (3, size, size) fp32 in [-1, 1]; raises BadSample."""
-    from PIL import Image
-
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadSample(path, f"cannot be read ({error.strerror})") from None
-    if not data:
-        raise BadSample(path, "zero bytes")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of what is accepted or refused below
-        try:
-            picture = Image.open(io.BytesIO(data))
-        except Image.DecompressionBombError:
-            raise BadSample(path, f"more than {MAX_PIXELS:,} pixels") from None
-        except Exception as error:  # decoders raise nearly anything on damaged data
-            raise BadSample(path, f"not an image ({type(error).__name__})") from None
-        with picture:
-            width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise BadSample(path, f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise BadSample(path, f"{width} x {height} is longer than {MAX_ASPECT}:1")
-            try:
-                rgb = to_rgb(picture)
-            except Exception as error:
-                raise BadSample(path, f"cannot be decoded ({error})") from None
-    return centre_crop(rgb, size).float() / 127.5 - 1
-
-
-def to_rgb(picture):
-    """Converts a PIL image of any mode to 8-bit RGB by the rule at the top of this file; raises ValueError or what the
-    decoder raises."""
-    import numpy
-    from PIL import Image, ImageOps
-
-    picture.load()
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # I;16, I;16B, I;16L, and I, which older Pillows use for 16-bit PNG
-        levels = numpy.asarray(picture).astype(numpy.int64)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"pixels from {levels.min()} to {levels.max()} do not fit 16 bits")
-        picture = Image.fromarray((levels >> 8).astype(numpy.uint8))
-    if picture.mode == "F":
-        raise ValueError("float pixels have no stated range")
-    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-def centre_crop(picture, size: int) -> Tensor:
-    """Resizes the short side to ``size`` and cuts the middle square: (3, size, size) uint8.
-
-    ADM's rule (Dhariwal and Nichol 2021, ``center_crop_arr``): halve with a box filter while the short side is at least
-    twice too long, then one bicubic step, then crop, an odd rest going to the right and the bottom.
-    """
-    import numpy
-    from PIL import Image
-
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    pixels_HWC = numpy.array(picture.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
