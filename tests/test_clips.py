@@ -3,6 +3,7 @@
 import functools
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -342,9 +343,8 @@ def test_damaged_frames_are_refused(tmp_path):
         try:
             decoding.read_frames(str(path), None, (24, 8, 8), 1, 0.0)
         except decoding.Unusable as reason:
-            reasons.add(str(reason).rstrip("0123456789 isdamage"))
-            assert "is damaged" in str(reason) or "cannot be decoded" in str(reason) or "are asked for" in str(reason)
-    assert "frame" in reasons
+            reasons.add(re.sub("[0-9]+", "n", str(reason)).split(" (")[0])
+    assert reasons == {"frame n is damaged", "damaged: n of n frames come out", "cannot be decoded"}
 
 
 # The process

@@ -30,6 +30,8 @@ MAX_PIXELS = 64_000_000
 """More than this is refused from the header: a decoded picture would take 200 MB or more."""
 MAX_ASPECT = 20
 """Longer than this many times its width (or the other way), a picture's centre crop shows next to nothing of it."""
+HIDING = ("vp8", "vp9", "mpeg4")
+"""Codecs that may have packets without a frame to show, so that fewer frames than packets are no sign of damage."""
 HEADER = struct.Struct("<?Q")
 """Before each answer: whether it is what was asked for (else a reason), and how many bytes follow."""
 
@@ -235,7 +237,8 @@ def read_frames(path: str, part, size: tuple[int, int, int], interval: int, at: 
                     return numpy.stack(found)
         except av.FFmpegError as error:
             raise Unusable(f"cannot be decoded ({error.strerror})") from None
-    return numpy.stack(_by_count(path, part, size, interval, at))
+        least = len(index.pts) if index.timed and stream.codec_context.name not in HIDING else 1
+    return numpy.stack(_by_count(path, part, size, interval, at, least))
 
 
 def _by_time(container, stream, index: Index, times: list[int], target: tuple[int, int]) -> list | None:
@@ -271,12 +274,14 @@ def _decoded_from(first, packets) -> Iterator[Any]:
         yield from packet.decode()
 
 
-def _by_count(path: str, part, size: tuple[int, int, int], interval: int, at: float) -> list:
-    """Decodes everything twice, once to count and once to take; raises Unusable."""
+def _by_count(path: str, part, size: tuple[int, int, int], interval: int, at: float, least: int) -> list:
+    """Decodes everything twice, once to count (``least`` must come out) and once to take; raises Unusable."""
     import av
 
     try:
         num = _count(path, part)
+        if num < least:
+            raise Unusable(f"damaged: {num} of {least} frames come out")
         numbers = choose(num, size[0], interval, at)
         wanted, found = set(numbers), []
         with opened(path, part) as (container, stream):
