@@ -229,11 +229,11 @@ def test_sizes_are_those_of_what_is_shown(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "text.mp4").write_text("no video" * 100)
     write_clip(tmp_path / "a.mp4", num=11)
-    write_clip(tmp_path / "b.mkv", num=12, turned=90)
+    write_clip(tmp_path / "b.mkv", num=12)
     names = ["turned.jpg", "a.png", "long.png", "text.png", "text.mp4", "a.mp4", "b.mkv", "gone.png"]
     dataset = Table(write_csv(tmp_path / "a.csv", {"path": names}), (8, 8), 0.0)
     sizes = dataset.sizes()
-    expected = [[1, 40, 30], [1, 30, 40], [0] * 3, [0] * 3, [0] * 3, [11, 36, 64], [12, 64, 36], [0] * 3]
+    expected = [[1, 40, 30], [1, 30, 40], [0] * 3, [0] * 3, [0] * 3, [11, 36, 64], [12, 36, 64], [0] * 3]
     assert sizes.dtype == torch.int64 and sizes.tolist() == expected
     assert dataset.sizes() is sizes  # looked at once
 

@@ -30,6 +30,8 @@ MAX_PIXELS = 64_000_000
 """More than this is refused from the header: a decoded picture would take 200 MB or more."""
 MAX_ASPECT = 20
 """Longer than this many times its width (or the other way), a picture's centre crop shows next to nothing of it."""
+LISTS = ("concat", "hls", "dash", "imf")
+"""Formats that name other files; ``_refuse`` keeps most of them from being opened, but not those of concat."""
 HIDING = ("vp8", "vp9", "mpeg4")
 """Codecs that may have packets without a frame to show, so that fewer frames than packets are no sign of damage."""
 HEADER = struct.Struct("<?Q")
@@ -76,7 +78,7 @@ def fit(picture, target: tuple[int, int]):
     import numpy
     from PIL import Image
 
-    placing = place(*picture.size, target)
+    placing = place(picture.width, picture.height, target)
     for size in placing.halved:
         picture = picture.resize(size, Image.Resampling.BOX)
     picture = picture.resize(placing.resized, Image.Resampling.BICUBIC)
@@ -107,8 +109,8 @@ class Part(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
-        self.position = position + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
         return self.position
 
     def readinto(self, buffer) -> int:
@@ -117,6 +119,10 @@ class Part(io.RawIOBase):
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)
+
+
+def _refuse(*_) -> None:
+    raise PermissionError("a clip is one file")  # a playlist can name others, on other machines too
 
 
 @contextlib.contextmanager
@@ -132,11 +138,13 @@ def opened(path: str, part: tuple[int, int] | None = None) -> Iterator[tuple[Any
         if (part[1] if part else os.fstat(file.fileno()).st_size) == 0:
             raise Unusable("zero bytes")
         try:
-            # Given as a file, its name cannot be taken for a protocol's, and a playlist leads nowhere
-            container = av.open(Part(file, *part) if part else file, options={"protocol_whitelist": ""})
+            # Given as a file: its name cannot be taken for a protocol's
+            container = av.open(Part(file, *part) if part else file, io_open=_refuse)
         except Exception as error:  # what PyAV raises is not all of one kind
             raise Unusable(f"not a video ({type(error).__name__})") from None
         with container:
+            if container.format.name in LISTS:
+                raise Unusable(f"not a video but a list of files ({container.format.name})")
             if not container.streams.video:
                 raise Unusable("no video stream")
             stream: Any = container.streams.video[0]
@@ -168,8 +176,8 @@ def walk(container, stream) -> Index:
         if packet.is_corrupt:
             raise Unusable(f"truncated: the packet of frame {num} is cut")
         num += 1
-        timed = timed and packet.pts is not None
-        if not timed:
+        if packet.pts is None:
+            timed = False
             continue
         end = max(end, packet.pts + (packet.duration or 0))
         gap = max(gap, packet.duration or 0)
@@ -187,7 +195,7 @@ def walk(container, stream) -> Index:
 
 
 def _check_whole(container, stream, num: int, end: int, gap: int) -> None:
-    """Raises Unusable where ``num`` frames up to time ``end``, are not what the header says; ``gap`` is the longest."""
+    """Raises Unusable where ``num`` frames up to time ``end`` are not what the header says; ``gap`` is the longest."""
     import av
 
     start = stream.start_time or 0
@@ -224,8 +232,8 @@ def choose(num: int, frames: int, interval: int, at: float) -> list[int]:
 
 def read_frames(path: str, part, size: tuple[int, int, int], interval: int, at: float):
     """Reads (T, H, W, 3) uint8 frames of ``size`` (T, H, W), see ``choose``; raises Unusable."""
-    import av
     import numpy
+    from av.error import FFmpegError
 
     with opened(path, part) as (container, stream):
         try:
@@ -235,7 +243,7 @@ def read_frames(path: str, part, size: tuple[int, int, int], interval: int, at: 
                 found = _by_time(container, stream, index, [index.pts[i] for i in numbers], size[1:])
                 if found is not None:
                     return numpy.stack(found)
-        except av.FFmpegError as error:
+        except FFmpegError as error:
             raise Unusable(f"cannot be decoded ({error.strerror})") from None
         least = len(index.pts) if index.timed and stream.codec_context.name not in HIDING else 1
     return numpy.stack(_by_count(path, part, size, interval, at, least))
@@ -243,7 +251,7 @@ def read_frames(path: str, part, size: tuple[int, int, int], interval: int, at: 
 
 def _by_time(container, stream, index: Index, times: list[int], target: tuple[int, int]) -> list | None:
     """Decodes from the keyframe before the first of ``times``; None where they do not all come out whole."""
-    import av
+    from av.error import FFmpegError
 
     _, start = index.keys[max(0, bisect.bisect_right(index.keys, times[0], key=lambda key: key[0]) - 1)]
     wanted, found = set(times), []
@@ -263,7 +271,7 @@ def _by_time(container, stream, index: Index, times: list[int], target: tuple[in
                 found.append(pixels(frame, target))
             if not wanted:
                 return found
-    except av.FFmpegError:
+    except FFmpegError:
         return None
     return None
 
@@ -276,7 +284,7 @@ def _decoded_from(first, packets) -> Iterator[Any]:
 
 def _by_count(path: str, part, size: tuple[int, int, int], interval: int, at: float, least: int) -> list:
     """Decodes everything twice, once to count (``least`` must come out) and once to take; raises Unusable."""
-    import av
+    from av.error import FFmpegError
 
     try:
         num = _count(path, part)
@@ -292,7 +300,7 @@ def _by_count(path: str, part, size: tuple[int, int, int], interval: int, at: fl
                     found.append(pixels(frame, size[1:]))
                 if len(found) == len(numbers):
                     break
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise Unusable(f"cannot be decoded ({error.strerror})") from None
     return found
 
@@ -328,7 +336,7 @@ def _reformatter():
 def probe(path: str, part=None) -> tuple[int, int, int, float]:
     """Tells (frames, height, width, frames a second) from the header and the first frame (which knows how it is
     turned); the packets are counted where the header gives no number or one that its duration belies."""
-    import av
+    from av.error import FFmpegError
 
     try:
         with opened(path, part) as (container, stream):
@@ -342,7 +350,7 @@ def probe(path: str, part=None) -> tuple[int, int, int, float]:
             with opened(path, part) as (container, stream):
                 index = walk(container, stream)
             num = len(index.pts) if index.timed else _count(path, part)
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise Unusable(f"cannot be decoded ({error.strerror})") from None
     return num, height, width, float(rate)
 
@@ -365,7 +373,7 @@ def answer(request: dict) -> bytes:
 
 def serve(limit_s: int) -> None:
     """Answers requests, a JSON line each, from stdin on stdout until stdin ends."""
-    import av
+    import av.logging
     import numpy  # noqa: F401 (now, not within the time of the first clip)
     from PIL import Image  # noqa: F401
 

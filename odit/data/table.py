@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -159,7 +159,7 @@ class Rows(Protocol):
         """Says where a row's bytes are."""
         ...
 
-    def digest_lines(self):
+    def digest_lines(self) -> Iterator[bytes]:
         """Yields bytes a row that change with its content."""
         ...
 
@@ -177,7 +177,7 @@ class Files:
         path = self.folder / self.paths[row]
         return clips.Item(str(path), path)
 
-    def digest_lines(self):
+    def digest_lines(self) -> Iterator[bytes]:
         for name in self.paths:
             path = self.folder / name
             yield os.fsencode(name) + b"\0" + str(path.stat().st_size if path.exists() else -1).encode()
@@ -199,8 +199,10 @@ class Cells:
             return clips.Item(str(self.folder / path), self.folder / path)
         return clips.Item(f"{self.source}: row {row + 1}", self.folder, data=data or b"", clip=clips.is_clip(path))
 
-    def digest_lines(self):
-        import pyarrow.compute as pc
+    def digest_lines(self) -> Iterator[bytes]:
+        import pyarrow.compute
+
+        pc: Any = pyarrow.compute  # its functions are made at run time
 
         for cells in self.dataset.with_format("arrow").iter(1000):
             column = cells[self.column].combine_chunks()
@@ -322,7 +324,7 @@ def _open_dataset(source: str, path_column: str, needed: list[str], label_column
         raise DataError(f"data.path {source!r} cannot be {how} ({_one_line(error)})") from None
     if isinstance(dataset, dict):
         if subset not in dataset:
-            raise DataError(f"data.path {source!r} has no split {subset!r}: there are {', '.join(dataset)}")
+            raise DataError(f"data.path {source!r} has no split {subset!r}: there are {', '.join(map(str, dataset))}")
         dataset = dataset[subset]
     folder = Path() if named else Path(source)
     return _from_dataset(source, folder, dataset, path_column, needed, label_column)

@@ -144,11 +144,11 @@ def find_tars(pattern: str) -> list[str]:
     """Lists the tars that a pattern of globs and braces names, sorted; raises DataError where one names none."""
     patterns = [pattern]
     if "{" in pattern:
-        from braceexpand import UnbalancedBracesError, braceexpand
+        from braceexpand import braceexpand
 
         try:
             patterns = list(braceexpand(pattern))
-        except UnbalancedBracesError as error:
+        except ValueError as error:
             raise DataError(f"data.path {pattern!r} is no pattern ({error})") from None
     found = set()
     for one in patterns:
@@ -201,7 +201,7 @@ def _list_members(tar: str) -> Iterator[tuple[str, tuple[int, int]]]:
 
 def _headers(tar: str, file) -> Iterator[tarfile.TarInfo]:
     try:
-        archive = tarfile.open(fileobj=file, mode="r:")
+        archive: Any = tarfile.open(fileobj=file, mode="r:")
     except tarfile.TarError as error:
         raise DataError(f"data.path: {tar} is no tar ({error}); a compressed one cannot be read at random") from None
     try:
