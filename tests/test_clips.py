@@ -338,6 +338,15 @@ def test_bad_clips(tmp_path, name, decoder):
     assert clips.read_clip(tmp_path / "good.mp4", (5, 16, 16), 2, 0.5, decoder).shape == (3, 5, 16, 16)
 
 
+def test_a_playlist_opens_nothing(tmp_path, monkeypatch):
+    refused, refuse = [], decoding._refuse
+    monkeypatch.setattr(decoding, "_refuse", lambda url, *rest: refused.append(url) or refuse(url, *rest))
+    (tmp_path / "a.m3u8").write_text(PLAYLIST.replace("good.mp4", "http://127.0.0.1:9/good.ts"))
+    with pytest.raises(decoding.Unusable, match="not a video"):
+        decoding.read_frames(str(tmp_path / "a.m3u8"), None, (1, 8, 8), 1, 0.0)
+    assert refused == ["http://127.0.0.1:9/good.ts"]
+
+
 def test_damaged_frames_are_refused(tmp_path):
     """What a decoder makes up for damage is no frame: it says so, or fails, wherever it sees the damage at all."""
     path, reasons = write_clip(tmp_path / "a.mp4", g=12, bf=0), set()
@@ -436,7 +445,11 @@ def test_the_process_ends_with_its_parent(hanging):
         hangs.stdin.flush()
         idle.stdin.close()
         hangs.stdin.close()
-        assert idle.wait(20) == 0 and hangs.wait(20) == -signal.SIGALRM
+        try:
+            assert idle.wait(20) == 0 and hangs.wait(20) == -signal.SIGALRM
+        finally:
+            idle.kill()
+            hangs.kill()
 
 
 def test_nothing_is_left_open(tmp_path, decoder):
