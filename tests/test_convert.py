@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import zipfile
@@ -9,19 +10,21 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, LatteTransformer3DModel
 
-from odit import convert, tree
+from odit import convert, models, tree
 from odit.models import dit
 
 CFG = dit.Config(width=24, depth=2, heads=3, patch=2)
 SHAPE = dit.Shape(channels=3, size=8, num_classes=5, outputs=2)
 DIFFUSERS = dataclasses.replace(CFG, timestep_freqs="diffusers", mlp_eps=1e-5)
+LATTE = dataclasses.replace(CFG, arch="latte", depth=4, adaln="single")
+CLIPS = dit.Shape(channels=3, size=(5, 8, 8), outputs=2, text_length=120, text_width=10)
 
 
 def drawn(cfg, shape, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    return tree.map(lambda p: torch.randn(p.shape, generator=generator).to(dtype), dit.declare(cfg, shape))
+    return tree.map(lambda p: torch.randn(p.shape, generator=generator).to(dtype), models.of(cfg).declare(cfg, shape))
 
 
 def assert_same(a, b):
@@ -113,7 +116,7 @@ def test_published_widths_tell_the_heads(size):
 def test_mlp_ratio_survives_rounding():
     for width in range(4, 400, 4):
         for hidden in range(1, 5 * width, 7):
-            assert int(width * convert._ratio(width, hidden)) == hidden
+            assert int(width * convert.parts.ratio(width, hidden)) == hidden
 
 
 def test_training_checkpoint_chooses_ema_or_model(tmp_path):
@@ -264,13 +267,129 @@ def test_other_timesteps_are_allowed_when_asked_for():
     assert_same_state(convert.to_dit(params, other, SHAPE, True), convert.to_dit(params, CFG, SHAPE))
 
 
+# --- diffusers' Latte ---
+
+
+def latte_model(**changes):
+    """Of published settings where widths play no part (Latte-1's config.json)."""
+    torch.manual_seed(0)
+    settings = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 8,
+        "in_channels": 3,
+        "out_channels": 6,
+        "num_layers": 2,
+        "cross_attention_dim": 24,
+        "attention_bias": True,
+        "sample_size": 8,
+        "patch_size": 2,
+        "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": 1000,
+        "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "caption_channels": 10,
+        "video_length": 5,
+    }
+    return LatteTransformer3DModel(**settings | changes).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_latte_there_and_back(outputs, dtype, tmp_path):
+    shape = dataclasses.replace(CLIPS, outputs=outputs, text_length=7)
+    params = drawn(LATTE, shape, dtype)
+    state, config = convert.to_diffusers_latte(params, LATTE, shape)
+    back, cfg, shape2 = convert.from_diffusers_latte(state, config, text_length=7)
+    assert (cfg, shape2) == (LATTE, shape)
+    assert_same(back, params)
+
+    convert.save_diffusers(tmp_path / "m", params, LATTE, shape)
+    back, cfg, shape2 = convert.load_diffusers(tmp_path / "m", text_length=7)
+    assert (cfg, shape2) == (LATTE, shape)
+    assert_same(back, params)
+    assert sorted(os.listdir(tmp_path / "m")) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_latte_names_and_bits_are_those_of_the_class():
+    model = latte_model(num_embeds_ada_norm=None)
+    state = model.state_dict()
+    params, cfg, shape = convert.from_diffusers_latte(state, dict(model.config))
+    assert (cfg, shape) == (LATTE, CLIPS)
+    back, config = convert.to_diffusers_latte(params, cfg, shape)
+    assert_same_state(back, state)
+    assert {key: model.config[key] for key in config if key != "_class_name"} == {
+        key: value for key, value in config.items() if key != "_class_name"
+    }
+
+
+def test_latte_reads_the_tables_of_files_that_have_them():
+    model = latte_model()
+    tables = {"pos_embed.pos_embed": model.pos_embed.pos_embed, "temp_pos_embed": model.temp_pos_embed}
+    state = model.state_dict() | tables
+    params, _, _ = convert.from_diffusers_latte(state, dict(model.config))
+    assert_same(params, convert.from_diffusers_latte(model.state_dict(), dict(model.config))[0])
+    for name in tables:
+        with pytest.raises(ValueError, match=f"{name} differs by"):
+            convert.from_diffusers_latte(state | {name: state[name].flip(1)}, dict(model.config))
+
+
+def latte_outputs_agree(model, params, cfg, shape):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, *shape.sample, generator=generator)
+    text = torch.randn(2, 6, 10, generator=generator)
+    mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    t = torch.tensor([3.0, 700.0])
+    with torch.no_grad():
+        theirs = model(x, t, text, mask.repeat_interleave(shape.size[0], 0)).sample
+        ours = models.of(cfg).forward(params, x, t, {"text": text, "mask": mask}, cfg)
+    # fp32 rounding of an angle of up to 1000 is 3e-5, the rest 1e-6.
+    assert ((theirs - ours).norm() / theirs.norm()) < 1e-4
+
+
+def test_latte_as_diffusers_initialises_it_computes_the_same():
+    model = latte_model()
+    latte_outputs_agree(model, *convert.from_diffusers_latte(model.state_dict(), dict(model.config)))
+
+
+def test_from_pretrained_opens_our_latte_and_we_open_its(tmp_path):
+    params = tree.map(lambda x: 0.2 * x, drawn(LATTE, CLIPS))
+    convert.save_diffusers(tmp_path / "ours", params, LATTE, CLIPS)
+    model = LatteTransformer3DModel.from_pretrained(tmp_path / "ours").eval()
+    latte_outputs_agree(model, params, LATTE, CLIPS)
+
+    model.save_pretrained(tmp_path / "pipeline" / "transformer")
+    back, cfg, shape = convert.load_diffusers(tmp_path / "pipeline")
+    assert (cfg, shape) == (LATTE, CLIPS)
+    assert_same(back, params)
+
+
 # --- refusals ---
 
 TO_EITHER = [
     ({"qk_norm": True}, {}, "model.qk_norm is True"),
     ({"positions": "rotary", "heads": 6}, {}, "model.positions is rotary"),
     ({"mlp": "swiglu"}, {}, "model.mlp is swiglu"),
+    ({"arch": "latte", "depth": 4}, {"size": (4, 8, 8)}, "samples are 4x8x8 .* square pictures"),
+    ({"adaln": "single"}, {}, "model.adaln is single .* only zero"),
     ({}, {"num_classes": 0}, "unconditional"),
+    ({}, {"num_classes": 0, "text_length": 7}, "captions of 7 tokens .* only labels"),
+]
+TO_LATTE = [
+    ({"arch": "dit"}, {}, "model.arch is dit .* only latte"),
+    ({"adaln": "zero"}, {}, "model.adaln is zero .* only single"),
+    ({"text": "pooled"}, {}, "model.text is pooled .* only cross"),
+    ({"qk_norm": True}, {}, "model.qk_norm is True .* only False"),
+    ({"mlp": "swiglu"}, {}, "model.mlp is swiglu .* only gelu"),
+    ({"frame_patch": 5}, {}, "model.frame_patch is 5 .* only 1"),
+    ({"mlp_eps": 1e-5}, {}, "model.mlp_eps is 1e-05 .* only 1e-06"),
+    ({"mlp_ratio": 2.0}, {}, "ffn of 4 x width and model.mlp_ratio is 2.0"),
+    ({"timestep_freqs": "diffusers"}, {}, "model.timestep_freqs is diffusers .* those of dit"),
+    ({}, {"size": (5, 8, 6)}, "clips are 5x8x6 and .* square frames"),
+    ({}, {"size": (5, 128, 128)}, "a side of 128, where .* divides positions by 2"),
+    ({}, {"text_width": 0}, "no captions of a frozen encoder"),
+    ({}, {"text_length": 0, "text_width": 0}, "no captions of a frozen encoder"),
+    ({}, {"num_classes": 3}, "has 3 classes"),
 ]
 TO_DIT = [
     ({"timestep_freqs": "diffusers"}, {}, "model.timestep_freqs is diffusers .* allow_other_timesteps=True"),
@@ -286,9 +405,11 @@ TO_DIFFUSERS = [
 @pytest.mark.parametrize("base, export, changes, shape, match", [
     *((CFG, convert.to_dit, *row) for row in TO_EITHER + TO_DIT),
     *((DIFFUSERS, convert.to_diffusers, *row) for row in TO_EITHER + TO_DIFFUSERS),
+    *((LATTE, convert.to_diffusers_latte, *row) for row in TO_LATTE),
 ])  # fmt: skip
 def test_export_refuses(base, export, changes, shape, match):
-    cfg, shape = dataclasses.replace(base, **changes), dataclasses.replace(SHAPE, **shape)
+    cfg = dataclasses.replace(base, **changes)
+    shape = dataclasses.replace(CLIPS if base is LATTE else SHAPE, **shape)
     with pytest.raises(ValueError, match=match) as caught:
         export(drawn(cfg, shape), cfg, shape)
     assert "\n" not in str(caught.value)
@@ -373,6 +494,50 @@ def test_from_diffusers_refuses(spoil, changes, match):
     with pytest.raises(ValueError, match=match) as caught:
         convert.from_diffusers(state, config | changes)
     assert "\n" not in str(caught.value)
+
+
+FROM_LATTE = [
+    (without("proj_out.bias"), {}, "proj_out.bias is missing"),
+    (without("transformer_blocks.1.attn2.to_k.bias"), {}, "1.attn2.to_k.bias is missing"),
+    (without("temporal_transformer_blocks.0.scale_shift_table"), {}, "temporal.*0.scale_shift_table is missing"),
+    (
+        lambda s: s.update({"temporal_transformer_blocks.0.attn2.x": torch.ones(1)}),
+        {},
+        "attn2.x .* no tensor of a Latte",
+    ),
+    (lambda s: s.update({"temporal_transformer_blocks.2.x": torch.ones(1)}), {}, "num_layers 2 and the weights have 3"),
+    (lambda s: None, {"_class_name": "LatteT2V"}, "of a LatteT2V .* of a LatteTransformer3DModel"),
+    (lambda s: None, {"num_layers": 3}, "num_layers 3 and the weights have 2"),
+    (lambda s: None, {"norm_type": "ada_norm_zero"}, "norm_type 'ada_norm_zero' .* 'ada_norm_single'"),
+    (lambda s: None, {"activation_fn": "geglu"}, "activation_fn 'geglu' .* 'gelu-approximate'"),
+    (lambda s: None, {"attention_bias": False}, "attention_bias False and a Latte has True"),
+    (lambda s: None, {"norm_eps": 1e-5}, "norm_eps 1e-05 .* 1e-06"),
+    (lambda s: None, {"cross_attention_dim": 10}, "cross_attention_dim 10 .* 24"),
+    (lambda s: None, {"cross_attention_dim": None}, "cross_attention_dim None: it must be"),
+    (lambda s: None, {"sample_size": 128}, "sample_size 128, where diffusers divides positions by 2"),
+    (lambda s: None, {"video_length": 1}, "1 frames in patches of 1 leave one"),
+    (lambda s: None, {"caption_channels": 11}, r"\(24, 10\) and should have \(24, 11\)"),
+    (lambda s: None, {"out_channels": 5}, "5 values"),
+]
+
+
+@pytest.mark.parametrize("spoil, changes, match", FROM_LATTE)
+def test_from_diffusers_latte_refuses(spoil, changes, match):
+    state, config = convert.to_diffusers_latte(drawn(LATTE, CLIPS), LATTE, CLIPS)
+    convert.from_diffusers_latte(state, config)
+    with pytest.raises(ValueError, match="text_length is 0"):
+        convert.from_diffusers_latte(state, config, text_length=0)
+    spoil(state)
+    with pytest.raises(ValueError, match=match) as caught:
+        convert.from_diffusers_latte(state, config | changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_are_those_of_the_classes():
+    for module, model in ((convert.diffusers, DiTTransformer2DModel), (convert.latte, LatteTransformer3DModel)):
+        settings = inspect.signature(model.__init__).parameters
+        for key, value in module.DEFAULTS.items():
+            assert settings[key].default == value, (model.__name__, key)
 
 
 class Hostile:
