@@ -57,7 +57,7 @@ def from_dit(
         mlp_ratio=ratio(D, hidden),
         label_dropout=label_dropout,
     )
-    shape = Shape(C, side * patch, rows - (label_dropout > 0), outputs(width_out, patch**2 * C))
+    shape = Shape(C, (side * patch, side * patch), rows - (label_dropout > 0), outputs(width_out, patch**2 * C))
     dit.check(cfg, shape)
     tables = {"pos_embed": nn.sincos_2d(side, side, D)[None]}
     return read_parts(state, _parts(cfg, shape), cfg, shape, tables), cfg, shape
