@@ -117,7 +117,9 @@ def test_a_shared_weight_has_one_name_and_a_buffer_that_is_not_saved_is_a_weight
     pure = frozen.Frozen(module)
     assert set(pure.weights) == {"first.weight", "first.bias", "second.bias", "offset"} and pure.num_params == 15
     assert torch.equal(pure(pure.weights, "twice", x, sign=-1), module.twice(x, sign=-1))
-    assert not pure(pure.weights, "twice", x).requires_grad and module.first.weight.requires_grad
+    assert (
+        not pure(pure.weights, "twice", x.clone().requires_grad_()).requires_grad and module.first.weight.requires_grad
+    )
     zeros = {name: torch.zeros_like(t) for name, t in pure.weights.items()}
     assert torch.equal(pure(zeros | {"offset": torch.ones(3)}, "twice", x), torch.ones(2, 3))
     with pytest.raises(RuntimeError, match="offset"):
@@ -224,7 +226,7 @@ def test_a_fingerprint_sees_one_bit_a_name_a_shape_and_a_dtype():
     flipped.view(torch.int32)[2, 3] ^= 1
     others = [
         {**weights, "a": flipped},
-        {"c": weights["a"], "b": weights["b"]},
+        {"aa": weights["a"], "b": weights["b"]},
         {**weights, "a": weights["a"].reshape(6, 4)},
         {**weights, "a": weights["a"].view(torch.int32)},
     ]
@@ -260,9 +262,13 @@ def test_scale_and_tokenizer_belong_to_the_fingerprint(folders, texts, vaes, tmp
     folder = tmp_path / "t5"
     shutil.copytree(folders["t5"], folder)
     spoken = (folder / "tokenizer.json").read_text()
-    (folder / "tokenizer.json").write_text(spoken.replace('"red"', '"RED"'))
-    other = text.load("t5", folder, 12)
-    assert other.frozen.fingerprint == texts["t5"].frozen.fingerprint and other.fingerprint != texts["t5"].fingerprint
+    other_words = spoken.replace('"red"', '"RED"')
+    other_cleaning = json.dumps({**json.loads(spoken), "normalizer": {"type": "Lowercase"}})
+    for changed_tokenizer in (other_words, other_cleaning):
+        (folder / "tokenizer.json").write_text(changed_tokenizer)
+        other = text.load("t5", folder, 12)
+        assert other.frozen.fingerprint == texts["t5"].frozen.fingerprint
+        assert other.fingerprint != texts["t5"].fingerprint
     before = texts["t5"].fingerprint
     assert text.load("t5", folders["t5"], 8).fingerprint == before  # the length is a setting of its own
 
@@ -353,6 +359,15 @@ def test_a_draw_is_diffusers_own():
         mean, logvar = moments.chunk(2, 1)
         assert logvar.max() > 20 and logvar.min() < -30
         assert torch.equal(vae.sample(mean, logvar, noise), want)
+
+
+def test_logvar_is_cut_as_diffusers_does(folders, vaes):
+    module, v, x = plain("kl", folders["kl"]), vaes["kl"], pixels(1, 3, 8, 8)
+    with torch.no_grad():
+        module.quant_conv.bias[4:6], module.quant_conv.bias[6:] = -100, 100
+        want = module.encode(x).latent_dist.logvar
+    _, got = v.moments({**v.frozen.weights, "quant_conv.bias": module.quant_conv.bias}, x)
+    assert torch.equal(got, want) and (got.min(), got.max()) == (-30, 20)
 
 
 def test_clips_go_through_kl_frame_by_frame(folders, vaes):

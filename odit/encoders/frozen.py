@@ -95,7 +95,7 @@ def digest(*parts: str) -> str:
 
 def _digest(name: str, tensor: Tensor) -> str:
     hashed = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(), digest_size=16)
-    hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    hashed.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
 
 
