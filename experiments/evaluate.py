@@ -72,7 +72,11 @@ def main(args: Evaluate) -> None:
         stack.callback(meshes.stop)
         health.same_everywhere(meshes.store(), rank, world, "command line", config.to_json(args))
         told = sample.override(
-            run.sampling, plan.shape_of(run, dataset).conditional, solver=args.solver, steps=args.steps, scale=args.guidance
+            run.sampling,
+            plan.shape_of(run, dataset).conditional,
+            solver=args.solver,
+            steps=args.steps,
+            scale=args.guidance,
         )
         run = dataclasses.replace(
             plan.alone(run),

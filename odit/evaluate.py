@@ -1,4 +1,4 @@
-"""Judging a digits model on all ranks: does a sample show what its label or caption asked for, and is it like real ones?"""
+"""Judging a digits model on all ranks: does a sample show what was asked for, and is it like real ones?"""
 
 from __future__ import annotations
 
