@@ -20,10 +20,11 @@ CHOICES = {
     "objective": ("flow", "eps", "x0", "v"),
     "betas": ("linear", "cosine"),
     "variance": ("fixed-small", "fixed-large", "learned"),
+    "predicts": ("velocity", "data"),
     "times": ("uniform", "logit-normal"),
 }
 ONLY_GAUSSIAN = ("betas", "variance", "train_steps")
-ONLY_FLOW = ("times", "time_scale", "shift")
+ONLY_FLOW = ("predicts", "times", "time_scale", "shift")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Config:
     """Reverse variance of a Gaussian process: learned unless told (as DiT): the network then puts out 2C channels."""
     train_steps: int | None = None
     """Number of steps T of a Gaussian process: 1000 unless told."""
+    predicts: Literal["velocity", "data"] | None = None
+    """What a flow's network puts out: the velocity unless told; data suits patches of many values (JiT)."""
     times: Literal["uniform", "logit-normal"] | None = None
     """Distribution of training times of a flow: uniform unless told (as SiT); logit-normal as Stable Diffusion 3."""
     time_scale: float | None = None
@@ -81,6 +84,6 @@ def build(cfg: Config) -> Gaussian | Flow:
     check(cfg)
     if cfg.objective == "flow":
         scale, shift = (1.0 if value is None else value for value in (cfg.time_scale, cfg.shift))
-        return Flow(cfg.times or "uniform", scale, shift)
+        return Flow(cfg.times or "uniform", scale, cfg.predicts or "velocity", shift)
     betas = {"linear": linear_betas, "cosine": cosine_betas}[cfg.betas or "linear"]
     return from_betas(betas(cfg.train_steps or 1000), cfg.objective, cfg.variance or "learned")

@@ -1,6 +1,6 @@
 """Flow matching on the straight path between noise and data: SiT (Ma et al. 2024), Lipman et al. 2023.
 
-x_t = t x + (1 - t) noise for t in [0, 1]: t = 0 is pure noise and t = 1 is data. The network predicts dx_t/dt.
+x_t = t x + (1 - t) noise for t in [0, 1]: t = 0 is pure noise and t = 1 is data. The network predicts dx_t/dt, or x.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 from odit.diffusion.gaussian import mean_per_sample, over
 from odit.ops import at_least_fp32
 
+NEAREST = 0.05  # least 1 - t that a prediction of data is divided by
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -22,6 +24,8 @@ class Flow:
     times: Literal["uniform", "logit-normal"] = "uniform"
     time_scale: float = 1.0
     """Factor from t to what the timestep embedding sees."""
+    predicts: Literal["velocity", "data"] = "velocity"
+    """What the network puts out; see ``velocity``."""
     shift: float = 1.0
     """Moves times towards noise: see ``shifted``."""
 
@@ -44,6 +48,18 @@ class Flow:
         """Times of ``steps`` solver steps, from 0 (noise) to 1 (data): even ones, shifted."""
         return [self.shifted(i / steps) for i in range(steps + 1)]
 
+    def velocity(self, out: Tensor, x_t: Tensor, t) -> Tensor:
+        """dx/dt at x_t from what the network put out: itself, or (data - x_t) / (1 - t).
+
+        Data is the easier output where a patch has about as many values as a token has channels or more: noise fills
+        all of them, data a few (Li and He 2025, "Back to Basics: Let Denoising Generative Models Denoise", whose bound
+        on 1 - t this is). The loss stays that of the velocity. t is a number, or a tensor that broadcasts.
+        """
+        if self.predicts == "velocity":
+            return out
+        left = (1 - t).clamp(min=NEAREST) if isinstance(t, Tensor) else max(1 - t, NEAREST)
+        return (out - x_t) / left
+
     def network_time(self, t_B: Tensor) -> Tensor:
         """Gives the fp32 time that the timestep embedding sees."""
         return t_B.float() * self.time_scale
@@ -60,6 +76,10 @@ class Flow:
     def loss(self, model, x_BCHW: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
         """Computes loss_B, the mean squared error of the velocity x - noise, in at least fp32."""
         x, noise = at_least_fp32(x_BCHW), at_least_fp32(noise_BCHW)
-        out = model(self.corrupt(x, t_B, noise), self.network_time(t_B)).to(x.dtype)
+        x_t = self.corrupt(x, t_B, noise)
+        out = model(x_t, self.network_time(t_B)).to(x.dtype)
         assert out.shape == x.shape, f"the model puts out {tuple(out.shape)} where {tuple(x.shape)} is needed"
-        return mean_per_sample((out - (x - noise)).square())
+        t = over(t_B, x)
+        # of an exact prediction the velocity is x - noise, also where 1 - t is bounded
+        target = self.velocity(x, x_t, t) if self.predicts == "data" else x - noise
+        return mean_per_sample((self.velocity(out, x_t, t) - target).square())

@@ -178,7 +178,12 @@ def _dpmpp(gaussian, model, x, loop, noise_at, clip):
 def _velocity(flow: Flow, model, x: Tensor, grid: list[float]):
     """Makes ``velocity(x, i)`` at time i of the grid."""
     net = flow.network_time(torch.tensor(grid, dtype=torch.float64)).to(x.device)
-    return lambda x, i: model(x, net[i].expand(len(x)), level(flow, grid[i])).to(x.dtype)
+
+    def velocity(x: Tensor, i: int) -> Tensor:
+        out = model(x, net[i].expand(len(x)), level(flow, grid[i])).to(x.dtype)
+        return flow.velocity(out, x, grid[i])
+
+    return velocity
 
 
 def _euler(flow, model, x, steps, loop, noise_at):
