@@ -82,7 +82,8 @@ def zero_row(cfg: Zero, layout: str, mesh: meshes.Mesh) -> dict[str, Any]:
         "remat": cfg.remat,
         "compile": cfg.compile,
     }
-    composed = plan.make(run, data.open_dataset(run.data), mesh)
+    front = plan.load_front(run, mesh)
+    composed = plan.make(run, data.open_dataset(run.data, front.tokenize), mesh, front)
     where = device_name(composed.device)
     planned = memory.predict(composed).peak if composed.device.type == "cuda" else None
     try:
@@ -145,7 +146,7 @@ def measure_steps(cfg: Zero, composed: plan.Plan) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # peak resident memory counts from here (Linux, proc(5))
-    dataset = data.open_dataset(composed.run.data)
+    dataset = data.open_dataset(composed.run.data, composed.front.tokenize)
     share = (composed.mesh.dp.rank, composed.mesh.dp.size)
     (batch,) = loader.batches(dataset, key, global_batch=cfg.batch, stop=1, part=share)
     state, step = train.init_state(composed, key), train.make_step(composed)

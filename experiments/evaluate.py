@@ -64,7 +64,8 @@ def main(args: Evaluate) -> None:
         )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work
-    dataset = data.open_dataset(run.data, plan.tokenizer(run))
+    front = plan.load_front(run)
+    dataset = data.open_dataset(run.data, front.tokenize)
     if not len(dataset.held_out_ids):
         raise ValueError(f"checkpoint {args.checkpoint} held no digits out, so nothing tells how good a judge is")
     rank, world, _ = meshes.start(checks.pick_device(args.device))
@@ -73,7 +74,7 @@ def main(args: Evaluate) -> None:
         health.same_everywhere(meshes.store(), rank, world, "command line", config.to_json(args))
         told = sample.override(
             run.sampling,
-            plan.shape_of(run, dataset).conditional,
+            plan.shape_of(run, dataset, front).conditional,
             solver=args.solver,
             steps=args.steps,
             scale=args.guidance,

@@ -48,9 +48,10 @@ def main(run: config.Run) -> None:
         meshes.warm_up(mesh)
         if rank == 0:
             stack.enter_context(record.Lock(run.out))
-        dataset = data.open_dataset(run.data, plan.tokenizer(run))
+        front = plan.load_front(run, mesh)
+        dataset = data.open_dataset(run.data, front.tokenize)
         health.same_everywhere(meshes.store(), rank, world, "data", {"data": identity(dataset)})
-        composed = plan.make(run, dataset, mesh)
+        composed = plan.make(run, dataset, mesh, front)
         say(composed, plan.describe(composed))
         if composed.device.type == "cuda" and rank == 0:
             say(composed, memory.describe(composed))
@@ -104,6 +105,11 @@ def restore(composed: plan.Plan, dataset: data.Dataset) -> train.TrainState | No
     if told["data"] != identity(dataset):
         raise CheckpointError(
             f"{path} was written with data {told['data']}, this run has {identity(dataset)}: give that data"
+        )
+    if told.get("encoders", {}) != composed.front.fingerprints:
+        raise CheckpointError(
+            f"{path} was trained with encoders {told.get('encoders')}, this run has {composed.front.fingerprints}: "
+            "give the same ones"
         )
     if found := config.first_difference(told["config"], config.to_json(run)):
         name, theirs, mine = found
@@ -249,6 +255,7 @@ def about(composed, dataset, state) -> dict:
         "config": config.to_json(run),
         "shape": dataclasses.asdict(composed.shape),
         "data": identity(dataset),
+        "encoders": composed.front.fingerprints,
         "class_names": dataset.class_names,
         "versions": record.about(),
     }
@@ -270,7 +277,7 @@ def finish(composed, dataset, state, recorder) -> None:
     run, out = composed.run, composed.run.out
     if composed.mesh.rank == 0:
         # Read back from the checkpoint: no rank ever holds the whole EMA while it trains.
-        alone = plan.compose(dataclasses.replace(plan.alone(run), device="cpu"), composed.shape)
+        alone = plan.compose(dataclasses.replace(plan.alone(run), device="cpu"), composed.shape, None, composed.front)
         whole = checkpoint.load_weights(out / "checkpoints" / f"step_{state.step:08d}", alone)
         checkpoint.save_weights(out / "ema.safetensors", whole, about(composed, dataset, state))
     kind = "mp4" if len(composed.shape.size) == 3 else "png"

@@ -237,6 +237,7 @@ FREE = {
     *("out", "stop_at", "micro_batch", "resume", "init_from", "replay", "log_every", "checkpoint_every", "keep"),
     *("sample_every", "validate_every", "validation_draws", "grad_norms", "evaluate", "progress", "kernels", "compile"),
     *("device", "threads", "sampling", "data.workers", "data.path"),
+    *("encoders.text_path", "encoders.vae_path", "encoders.place"),  # their fingerprints are compared
     *(f"parallel.{setting.name}" for setting in dataclasses.fields(Parallel) if setting.name != "ring_fp8"),
 }
 

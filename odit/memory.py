@@ -17,6 +17,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from odit import ops, random, train, tree
+from odit.front import Front
 from odit.parallel import offload, zero
 from odit.plan import Plan
 
@@ -35,7 +36,9 @@ class Memory(NamedTuple):
 def predict(plan: Plan) -> Memory:
     """Weighs a step of ``plan`` as this rank of its mesh would run it; offload auto counts with all on the host."""
     kernels, objective = flash_on_meta(plan.kernels), _on_meta(plan.objective)
-    fake = dataclasses.replace(plan, device=META, objective=objective, kernels=kernels, compiled=False)
+    fake = dataclasses.replace(
+        plan, device=META, objective=objective, kernels=kernels, compiled=False, front=_embedded(plan)
+    )
     layout = fake.layout
     offloads = plan.run.parallel.offload != "none"
     parts = [s.local_shape(p.shape) for p, s in zip(tree.leaves(plan.declared), tree.leaves(layout.specs))]
@@ -138,6 +141,19 @@ def _gradients(plan: Plan, params: tree.Tree, down: _Down | None) -> tree.Tree:
         total = train.add(total, grads, params)
         del grads
     return plan.layout.reduce(total)
+
+
+def _embedded(plan: Plan) -> Front:
+    """A front that gives features of captions at once: what encoders hold is not weighed."""
+    S, E = plan.shape.text_length, plan.shape.text_width
+    if not E:
+        return Front(plan.tokenize)
+
+    def features(captions: list[str]) -> dict[str, torch.Tensor]:
+        text_BSE = torch.zeros(len(captions), S, E)
+        return {"text": text_BSE, "mask": torch.ones(len(captions), S, dtype=torch.bool), "pooled": text_BSE[:, 0]}
+
+    return Front(features)
 
 
 def _on_meta(objective: Any) -> Any:

@@ -7,15 +7,16 @@ import functools
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from odit import checks, compiling, data, diffusion, models, tree
+from odit import front as fronts
 from odit.config import Parallel, Run
-from odit.data.tokens import Bytes
 from odit.diffusion.flow import Flow
+from odit.front import Front
 from odit.models.config import Config, Shape, Size
 from odit.ops import Ops, flash
 from odit.parallel import collectives, sequence, zero
@@ -48,15 +49,21 @@ class Plan:
     compiled: bool = False
     """Whether blocks are compiled: asked for, and possible here."""
 
-    tokenize: Callable[[list[str]], dict[str, torch.Tensor]] | None = None
-    """Captions to tensors, samples first; None where samples have none."""
+    front: Front = field(default_factory=Front)
+    """What stands between data and model."""
+
+    @property
+    def tokenize(self) -> Callable[[list[str]], dict[str, torch.Tensor]] | None:
+        """Captions to tensors, samples first; None where samples have none."""
+        return self.front.tokenize
 
     @functools.cached_property
     def null(self) -> tree.Tree:
         """The condition of guidance's unconditional pass, (1, ...): the null label, or the empty caption."""
-        if self.tokenize is None:
+        if not self.shape.text_length:
             return torch.tensor([self.shape.num_classes], device=self.device)
-        return tree.map(lambda x: x.to(self.device), self.tokenize([""]))
+        cached = self.front.cache.null if self.front.cache is not None else None
+        return tree.map(lambda x: x.to(self.device), cached or self.tokenize([""]))
 
     @property
     def micro_batch(self) -> int:
@@ -133,9 +140,10 @@ def _pinned(x: torch.Tensor) -> torch.Tensor:
     return x.pin_memory() if torch.cuda.is_available() else x
 
 
-def make(run: Run, dataset: data.Dataset, mesh: Mesh | None = None) -> Plan:
+def make(run: Run, dataset: data.Dataset, mesh: Mesh | None = None, front: Front | None = None) -> Plan:
     """Composes the plan of a run on this data; checks first."""
-    plan = compose(run, shape_of(run, dataset), mesh)
+    front = front or load_front(run, mesh)
+    plan = compose(run, shape_of(run, dataset, front), mesh, front)
     if run.global_batch <= len(dataset.train_ids):
         return plan
     note = (
@@ -145,7 +153,12 @@ def make(run: Run, dataset: data.Dataset, mesh: Mesh | None = None) -> Plan:
     return dataclasses.replace(plan, notes=(*plan.notes, note))
 
 
-def compose(run: Run, shape: Shape, mesh: Mesh | None = None) -> Plan:
+def load_front(run: Run, mesh: Mesh | None = None) -> Front:
+    """Loads the encoders that a run names, in its dtype, on its device."""
+    return fronts.load(run, mesh or single(), checks.pick_device(run.device), DTYPES[run.precision])
+
+
+def compose(run: Run, shape: Shape, mesh: Mesh | None = None, front: Front | None = None) -> Plan:
     """Composes the plan of a run for data of a known shape, on one rank unless a mesh is given; checks first."""
     mesh = mesh or single()
     checks.check(run, shape, mesh.world)
@@ -183,7 +196,7 @@ def compose(run: Run, shape: Shape, mesh: Mesh | None = None) -> Plan:
         notes=(*notes, *told),
         claimed=_claimed(name, run.model, mesh.sp.size),
         compiled=run.compile and obstacle is None,
-        tokenize=tokenizer(run) if shape.text_length else None,
+        front=front or load_front(run, mesh),
     )
 
 
@@ -229,16 +242,11 @@ def alone(run: Run) -> Run:
     return dataclasses.replace(run, parallel=Parallel(), micro_batch=None, compile=False)
 
 
-def tokenizer(run: Run) -> Callable[[list[str]], dict[str, torch.Tensor]] | None:
-    """What turns captions into tensors, for data that has some."""
-    return Bytes(run.encoders.text_length) if data.has_captions(run.data) else None
-
-
-def shape_of(run: Run, dataset: data.Dataset) -> Shape:
+def shape_of(run: Run, dataset: data.Dataset, front: Front) -> Shape:
     """What the model is built around on this data."""
-    channels, *size = dataset.shape
-    length = run.encoders.text_length if data.has_captions(run.data) else 0
-    return Shape(channels, tuple(size), dataset.num_classes, 2 if run.diffusion.learned_variance else 1, length)
+    channels, *size = front.sample_shape(dataset.shape)
+    outputs = 2 if run.diffusion.learned_variance else 1
+    return Shape(channels, tuple(size), dataset.num_classes, outputs, *front.text_size)
 
 
 def _ranks(plan: Plan) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from odit import checks, random, tree
 from odit.config import Sampling
-from odit.data import Dataset
+from odit.data import BadSample, DataError, Dataset
 from odit.diffusion import guidance, solvers
 from odit.parallel import collectives
 from odit.parallel.mesh import Axis
@@ -56,17 +58,18 @@ def sample(
 def _sample_batch(plan, working, conditions_B, ids_B, key, sampling: Sampling, progress) -> Tensor:
     shape = plan.shape.sample
     (params, ops), g = working, sampling.guidance
+    null_1, conditions_B = plan.front.embed(plan.null), plan.front.embed(conditions_B)
     scale = g.scale if plan.shape.conditional else 1.0
     model = guidance.guided(
         lambda x, t, y: plan.forward(params, x, t, y, ops=ops),
         conditions_B,
-        tree.map(lambda c, null: null.expand(c.shape), conditions_B, plan.null),
+        tree.map(lambda c, null: null.expand(c.shape), conditions_B, null_1),
         scale=scale,
         interval=g.interval,
         channels=g.channels,
         both=guidance.in_one_call if plan.mesh.cfg.size == 1 else in_halves(plan.mesh.cfg),
     )
-    return solvers.sample(
+    drawn = solvers.sample(
         plan.objective,
         model,
         random.normal(random.fold_in(key, "sample"), shape, ids_B),
@@ -76,6 +79,7 @@ def _sample_batch(plan, working, conditions_B, ids_B, key, sampling: Sampling, p
         progress=progress,
         clip=sampling.clip,
     )
+    return plan.front.decode(drawn)
 
 
 def in_halves(axis: Axis) -> Callable:
@@ -95,7 +99,19 @@ def previews(plan: Plan, dataset: Dataset, num: int, columns: int) -> tree.Tree:
     if hasattr(dataset, "prompts"):
         return plan.tokenize(dataset.prompts(num)[0])
     ids = dataset.held_out_ids if len(dataset.held_out_ids) else dataset.train_ids
-    return plan.tokenize(dataset.captions(ids[torch.arange(num) % len(ids)]))
+    found = list(itertools.islice(_conditions(dataset, ids), num))
+    return tree.map(lambda *parts: torch.cat(parts), *(found[i % len(found)] for i in range(num)))
+
+
+def _conditions(dataset: Dataset, ids: Tensor) -> Iterator[tree.Tree]:
+    """The conditions of those samples that can be read, one by one; raises DataError where there is none."""
+    some = False
+    for one in ids.split(1):
+        with contextlib.suppress(BadSample):
+            yield dataset.read(one)[1]
+            some = True
+    if not some:
+        raise DataError(f"none of {len(ids)} samples can be read, so that there is no caption to show")
 
 
 def choose_labels(num: int, num_classes: int, chosen: tuple[int, ...]) -> Tensor:

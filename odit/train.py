@@ -101,7 +101,7 @@ def _mix(z: Tensor) -> Tensor:
 
 def losses(plan: Plan, params: tree.Tree, ops: Ops, x: Tensor, y: tree.Tree, draws: Draws) -> Tensor:
     """Loss a sample (B,), from weights in the working dtype and a record that can run them."""
-    y = conditions(plan, y, draws.dropped_B)
+    y = plan.front.embed(conditions(plan, y, draws.dropped_B))
     return plan.objective.loss(lambda x, t: plan.forward(params, x, t, y, ops=ops), x, draws.t_B, draws.noise)
 
 
@@ -240,6 +240,7 @@ def gradients(
     parts = micro_batches(batch, plan.micro_batch)
     for number, part in enumerate(parts):
         ids, x, y = tree.map(lambda field: field.to(plan.device, non_blocking=True), list(part))
+        x = plan.front.latents(x, ids, key)
         draws = draw(plan, ids, tuple(x.shape[1:]), key)
         word += digest(ids, draws, conditions(plan, y, draws.dropped_B))
         sink = None if host is None else host.sink(first=number == 0, last=number == len(parts) - 1)

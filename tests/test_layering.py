@@ -11,7 +11,9 @@ PURE = {
     *("tree", "random", "param", "ops", "nn", "models", "diffusion", "optim", "data", "metrics", "convert", "config"),
     *("compiling", "encoders", "judge", "media"),
 }
-BOTH_SIDES = {"plan", "checks", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"}
+BOTH_SIDES = {
+    *("plan", "checks", "front", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory")
+}
 ALLOWED = {
     "kernels": {"ops", "tree", "kernels"},
     "parallel": {"ops", "tree", "param", "random", "optim", "parallel"},

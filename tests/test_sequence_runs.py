@@ -137,7 +137,7 @@ DRAWN = dataclasses.replace(
 def pictures_on(mesh, name="auto", cfg=1, stage=0, batch=4, ulysses=None, run=DRAWN):
     layout = Parallel(sp=mesh.sp.size, sequence=name, cfg=cfg, zero=stage, ulysses=ulysses)
     run = dataclasses.replace(run, global_batch=12, parallel=layout)
-    dataset = data.open_dataset(run.data, plan.tokenizer(run))
+    dataset = data.open_dataset(run.data, plan.load_front(run).tokenize)
     composed = plan.make(run, dataset, mesh)
     whole = redraw(composed.declared, dtype=torch.float32)
     params = tree.map(lambda w, s: s.take(w, mesh.all.rank).clone(), whole, composed.layout.specs)

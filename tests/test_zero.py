@@ -316,7 +316,7 @@ def digits_alone():
 
 
 def eight_steps(mesh, run):
-    dataset = data.open_dataset(run.data, plan.tokenizer(run))
+    dataset = data.open_dataset(run.data, plan.load_front(run).tokenize)
     composed = plan.make(run, dataset, mesh)
     state, step, share = train.init_state(composed, KEY), train.make_step(composed), (mesh.dp.rank, mesh.dp.size)
     log = []

@@ -34,9 +34,9 @@ class Config:
     interval: int = 1
     """Frames of the film from one frame of a clip to the next (table, tars)."""
     caption: str | None = None
-    """Column or file suffix of the captions: 'caption' in a table, 'txt' in tars unless given."""
+    """Column of a table's captions: 'caption' unless given."""
     label: str | None = None
-    """Column or file suffix of classes, to train with these instead of captions (table, tars)."""
+    """Column of classes in a table, 'cls' in tars, to train with these instead of captions."""
     channels: int | None = None
     """Channels of a latent, 4 unless given (synthetic only)."""
     num_classes: int | None = None
@@ -59,7 +59,7 @@ USED = {
     "moving-digits": ["image_size", "frames"],
     "folder": SIZED,
     "table": [*SIZED, "frames", "interval", "caption", "label"],
-    "tars": [*SIZED, "frames", "interval", "caption", "label"],
+    "tars": [*SIZED, "frames", "interval", "label"],
     "synthetic": ["image_size", "image_width", "frames", "channels", "num_classes"],
 }
 
@@ -90,6 +90,8 @@ def check(cfg: Config) -> None:
         value = getattr(cfg, name)
         if value is not None and value < bound:
             raise ValueError(f"data.{name} is {value}: use {bound} or more")
+    if cfg.source == "tars" and cfg.label not in (None, "cls"):
+        raise ValueError(f"data.label is {cfg.label!r} but tars hold classes in key.cls: use --data.label cls")
     if cfg.caption is not None and cfg.label is not None:
         raise ValueError(
             f"data.caption is {cfg.caption!r} and data.label is {cfg.label!r}: "
@@ -160,6 +162,15 @@ def open_dataset(cfg: Config, tokenize: Callable[[list[str]], dict[str, Any]] | 
 
         assert cfg.path is not None  # check saw to it
         return Folder(cfg.path, size, cfg.held_out)
+    if cfg.source == "table":
+        from odit.data.table import Table
+
+        columns = {"caption_column": cfg.caption or "caption", "label_column": cfg.label or "label"}
+        return Table(str(cfg.path), size, cfg.held_out, tokenize, interval=cfg.interval, **columns)
+    if cfg.source == "tars":
+        from odit.data.tars import Tars
+
+        return Tars(str(cfg.path), size, cfg.held_out, tokenize, interval=cfg.interval)
     from odit.data.synthetic import Synthetic
 
     return Synthetic((channels, *size), num_classes, cfg.held_out)
