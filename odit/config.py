@@ -202,6 +202,40 @@ def _published(size: str, patch: int) -> Run:
     )
 
 
+def _captions() -> Run:
+    """A table of pictures and captions, in pixels unless an autoencoder is given."""
+    return dataclasses.replace(
+        _folder(),
+        out=Path("runs/captions"),
+        data=data.Config(source="table", image_size=32, held_out=0.05, workers=2),
+    )
+
+
+def _clips() -> Run:
+    """A table of clips and captions."""
+    return dataclasses.replace(
+        _captions(),
+        out=Path("runs/clips"),
+        global_batch=16,
+        data=data.Config(source="table", image_size=32, frames=16, interval=3, held_out=0.05, workers=2),
+        model=models.Config(arch="latte", width=384, depth=12, heads=6, patch=2),
+        diffusion=diffusion.Config(objective="flow", times="logit-normal", time_scale=1000.0, shift=3.0),
+    )
+
+
+def _video(arch: Literal["dit", "latte"], size: str, frame_patch: int) -> Run:
+    """OpenDiT's video models on synthetic latents of 16 frames of 256 x 256 pixels."""
+    name = "latte" if arch == "latte" else "vdit"
+    published = _published(size, 2)
+    return dataclasses.replace(
+        published,
+        out=Path(f"runs/{name}-{size}-{frame_patch}x2x2"),
+        global_batch=64,
+        data=dataclasses.replace(published.data, frames=16, num_classes=101),
+        model=models.sized(size, 2, arch=arch, frame_patch=frame_patch),
+    )
+
+
 def _three_billion() -> Run:
     """Larger than any DiT of the paper: heads of 72 as DiT-XL, state on the host, blocks recomputed in backward."""
     return dataclasses.replace(
@@ -222,12 +256,24 @@ def presets() -> dict[str, tuple[str, Run]]:
         for s in models.SIZES
         for p in (2, 4, 8)
     }
+    videos = {
+        f"{name}-{s}-{t}x2x2": (
+            f"{title}-{s.upper()}/{t}x2x2 on synthetic latents of 16 frames, or your clips.",
+            _video("latte" if name == "latte" else "dit", s, t),
+        )
+        for name, title in (("vdit", "Video DiT"), ("latte", "Latte"))
+        for s in models.SIZES
+        for t in (1, 2)
+    }
     return {
         "digits": ("1,797 real handwritten digits, 8x8, minutes on a CPU.", _digits()),
         "digits-text": ("The same digits by captions, a text encoder trained along.", _digits_text()),
         "moving-digits": ("Clips of digits that move as a caption says, minutes on a CPU.", _moving_digits()),
         "folder": ("Your folder of pictures (one sub-folder a class, or flat).", _folder()),
+        "captions": ("Your pictures with captions (CSV, JSONL, parquet, Hugging Face data sets).", _captions()),
+        "clips": ("Your clips with captions, by Latte.", _clips()),
         **sizes,
+        **videos,
         "dit-3b-2": ("A DiT of 3 billion parameters that trains on one GPU of 24 GiB.", _three_billion()),
     }
 

@@ -137,6 +137,7 @@ def _transformers(kind: str) -> Any:
         import transformers
     except ImportError as error:
         raise ValueError(f"encoders.text {kind} needs transformers: pip install 'odit[hub]'") from error
+    transformers.utils.logging.disable_progress_bar()  # one bar a rank would tell nothing
     return transformers
 
 
