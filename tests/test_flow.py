@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from odit.diffusion import Config, build
+from odit.diffusion.solvers import sample
 
 
 def draws(*shape, dtype=torch.float64):
@@ -61,3 +62,48 @@ def test_times():
 def test_bins():
     bins = build(Config("flow")).bins(torch.tensor([0.0, 0.0999, 0.1, 0.55, 1 - 2.0**-24, 1.0]), 10)
     assert bins.dtype == torch.int64 and bins.tolist() == [0, 0, 1, 5, 9, 9]
+
+
+def test_shifted_times_are_the_papers():
+    """Esser et al. 2024, eq. 23, on noise levels: t_m = shift t_n / (1 + (shift - 1) t_n); draws and grid alike."""
+    flow, plain = build(Config("flow", shift=3.0)), build(Config("flow"))
+    uniform = torch.rand(100, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for t, moved in zip(uniform.tolist(), flow.shifted(uniform).tolist()):
+        level = 1 - t
+        assert 1 - moved == pytest.approx(3 * level / (1 + 2 * level), rel=1e-12)
+    assert flow.grid(4) == pytest.approx([0, 0.1, 0.25, 0.5, 1]) and plain.grid(4) == [0, 0.25, 0.5, 0.75, 1]
+    drawn = flow.draw_times(uniform.float(), uniform.float())
+    assert torch.equal(drawn, flow.shifted(uniform.float())) and (drawn < uniform.float()).all()
+
+
+def test_a_network_may_predict_data():
+    """Its loss is that of the velocity it implies: 0 of the data itself, and weighed by 1 / (1 - t)^2, bounded."""
+    x, noise, wrong = draws(5, 2, 3, 3)
+    flow, t_B = build(Config("flow", predicts="data")), torch.tensor([0.0, 0.3, 0.8, 0.96, 1.0])
+    assert torch.equal(flow.loss(lambda x_t, t: x, x, t_B, noise), torch.zeros(5, dtype=torch.float64))
+    loss_B = flow.loss(lambda x_t, t: x + wrong, x, t_B, noise)
+    for b, t in enumerate(t_B.double().tolist()):
+        error = wrong[b].square().mean().item() / max(1 - t, 0.05) ** 2
+        assert loss_B[b].item() == pytest.approx(error, rel=1e-6)  # t is fp32
+    x_t = flow.corrupt(x, t_B, noise)
+    implied = flow.velocity(x, x_t, t_B.double().reshape(-1, 1, 1, 1))[:3]
+    assert torch.allclose(implied, (x - noise)[:3], atol=1e-6)
+
+
+DATA = dict(predicts="data")
+
+
+CASES = [("euler", dict(shift=4.0)), ("euler", DATA), ("heun", DATA | dict(shift=4.0))]
+
+
+@pytest.mark.parametrize("solver, settings", CASES)
+def test_solvers_reach_a_known_point(solver, settings):
+    """Data that is one point is reached exactly, from any grid and by either kind of prediction."""
+    point, noise, _ = draws(3, 2, 4)
+    flow = build(Config("flow", **settings))
+
+    def model(x, t_net_B, level):
+        return point if flow.predicts == "data" else (point - x) / level
+
+    found = sample(flow, model, noise, solver=solver, steps=40)
+    assert (found - point).abs().max() < 1e-12

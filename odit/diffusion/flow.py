@@ -14,7 +14,7 @@ from torch import Tensor
 from odit.diffusion.gaussian import mean_per_sample, over
 from odit.ops import at_least_fp32
 
-NEAREST = 0.05  # least 1 - t that a prediction of data is divided by
+NEAREST = 0.05  # least 1 - t that a loss divides a prediction of data by
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Flow:
         """dx/dt at x_t from what the network put out: itself, or (data - x_t) / (1 - t).
 
         Data is the easier output where a patch has about as many values as a token has channels or more: noise fills
-        all of them, data a few (Li and He 2025, "Back to Basics: Let Denoising Generative Models Denoise", whose bound
-        on 1 - t this is). The loss stays that of the velocity. t is a number, or a tensor that broadcasts.
+        all of them, data a few (Li and He 2025, "Back to Basics: Let Denoising Generative Models Denoise"). The loss
+        stays that of the velocity, with 1 - t bounded as there. t is a number below 1 that is taken as it is, or a
+        tensor that broadcasts and is bounded.
         """
         if self.predicts == "velocity":
             return out
-        left = (1 - t).clamp(min=NEAREST) if isinstance(t, Tensor) else max(1 - t, NEAREST)
-        return (out - x_t) / left
+        return (out - x_t) / ((1 - t).clamp(min=NEAREST) if isinstance(t, Tensor) else 1 - t)
 
     def network_time(self, t_B: Tensor) -> Tensor:
         """Gives the fp32 time that the timestep embedding sees."""
