@@ -151,7 +151,9 @@ def _digits_text() -> Run:
         _digits(),
         out=Path("runs/digits-text"),
         data=data.Config(source="digits-text", held_out=1 / 6),
-        encoders=encoders.Config(text_length=48),
+        encoders=encoders.Config(text_length=32),
+        model=models.Config(width=96, depth=4, heads=4, patch=2, text_depth=1),
+        optimizer=optim.Config(lr=2e-3, beta2=0.99, warmup=50, decay="cosine", clip=1.0, ema_decay=0.995),
     )
 
 
@@ -163,7 +165,10 @@ def _moving_digits() -> Run:
         global_batch=48,
         data=data.Config(source="moving-digits", held_out=1 / 6),
         encoders=encoders.Config(text_length=64),
-        model=models.Config(arch="latte", width=96, depth=4, heads=4, patch=4, frame_patch=2),
+        model=models.Config(
+            arch="latte", width=96, depth=4, heads=4, patch=4, frame_patch=2, text="pooled", text_depth=1
+        ),
+        diffusion=diffusion.Config(objective="flow", times="logit-normal", time_scale=1000.0, shift=4.0),
     )
 
 
