@@ -11,6 +11,7 @@ import time
 import warnings
 from typing import Any
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -20,13 +21,16 @@ from odit import (
     config,
     data,
     evaluate,
+    finetune,
     health,
+    initial,
     memory,
     plan,
     random,
     record,
     sample,
     train,
+    tree,
     validate,
 )
 from odit.data import loader
@@ -131,8 +135,9 @@ def fresh(composed: plan.Plan, key: random.Key) -> train.TrainState:
     state = train.init_state(composed, key)
     if composed.run.init_from is None:
         return state
-    weights = [checkpoint.load_weights(composed.run.init_from, composed) for _ in range(2)]
-    return state._replace(params=weights[0], ema=weights[1])
+    params, lines = initial.start(composed, state.params, key)
+    say(composed, "\n".join(lines))
+    return state._replace(params=params, ema=tree.map(torch.clone, params))
 
 
 def loop(composed, dataset, state, key, recorder, stop, watch) -> train.TrainState:
@@ -207,8 +212,6 @@ def a_rank(composed: plan.Plan, speed: float) -> tuple[str, dict[str, float]]:
 def peak_gib(device: Any) -> float:
     """The most memory that this process has held so far: allocated on its GPU, or resident on the host."""
     if device.type == "cuda":
-        import torch
-
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
@@ -279,7 +282,11 @@ def finish(composed, dataset, state, recorder) -> None:
         # Read back from the checkpoint: no rank ever holds the whole EMA while it trains.
         alone = plan.compose(dataclasses.replace(plan.alone(run), device="cpu"), composed.shape, None, composed.front)
         whole = checkpoint.load_weights(out / "checkpoints" / f"step_{state.step:08d}", alone)
-        checkpoint.save_weights(out / "ema.safetensors", whole, about(composed, dataset, state))
+        told = about(composed, dataset, state)
+        if run.finetune.lora_rank:  # what samples and exports knows the plain model alone
+            whole = finetune.merge(whole, run.finetune.scale)
+            told |= {"config": config.to_json(dataclasses.replace(run, finetune=finetune.Config()))}
+        checkpoint.save_weights(out / "ema.safetensors", whole, {**told, "finetune": config.to_json(run.finetune)})
     kind = "mp4" if len(composed.shape.size) == 3 else "png"
     shown = out / "samples" / f"step_{state.step:08d}.{kind}"
     say(composed, f"weights: {out / 'ema.safetensors'}\nsamples: {shown}")

@@ -8,6 +8,7 @@ pickle anywhere. A hash shows damage, not forgery.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,8 +16,9 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -173,42 +175,72 @@ def load(path: Path, plan: Plan) -> tuple[TrainState, dict[str, Any]]:
     """Reads this rank's parts of a whole state; raises CheckpointError where anything is damaged, missing or of another
     shape."""
     manifest = verify(path)
-    roles = {role: read_role(path, manifest, role, plan) for role in ROLES}
+    roles = {role: _taken(_in_folder(path, manifest, role), role, plan) for role in ROLES}
     count = torch.tensor(manifest["updates"], dtype=torch.int64)
     opt = optim.AdamState(roles["adamw.m"], roles["adamw.v"], count)
     scale, streak = manifest["loss_scale"]
     return TrainState(manifest["step"], roles["param"], opt, roles["ema"], LossScale(scale, streak)), manifest
 
 
+class Weights(NamedTuple):
+    """Shapes of the leaves in a folder or file, and ``read(path, offsets, shape)``: a box of a leaf, copied (fp32)."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str, tuple[int, ...], tuple[int, ...]], torch.Tensor]
+
+
 def load_weights(path: Path, plan: Plan, which: str = "ema") -> tree.Tree:
     """This rank's parts of 'ema' or 'param' weights, from a checkpoint folder or a file that ``save_weights`` wrote."""
+    return _taken(open_weights(path, which), which, plan)
+
+
+def open_weights(path: Path, which: str = "ema") -> Weights:
+    """'ema' or 'param' weights of a checkpoint folder or of a file that ``save_weights`` wrote, whatever the model."""
     if path.is_dir():
-        return read_role(path, verify(path), which, plan)
+        return _in_folder(path, verify(path), which)
     if (held := _metadata(path).get("weights")) != which:
         raise CheckpointError(f"{path} holds {held} weights, not {which}: ask for {held}, or give a checkpoint folder")
-    return _read_file(path, which, plan)
+    return _in_file(path, which)
 
 
-def read_role(path: Path, manifest: dict[str, Any], role: str, plan: Plan) -> tree.Tree:
-    """One role's tensors, this rank's parts, each held to its declaration; reads only the pieces that overlap."""
-    told = {name: entry for name, entry in manifest["tensors"].items() if name.startswith(role + "/")}
-    _check_names(path, role, set(told), plan)
-    files: dict[str, Any] = {}
+def _taken(weights: Weights, role: str, plan: Plan) -> tree.Tree:
+    """This rank's parts, each held to its declaration."""
+    _check_names(weights, role, plan)
 
     def leaf(name: str, declared, spec):
-        entry = told[f"{role}/{name}"]
-        _check_shape(path, f"{role}/{name}", tuple(entry["shape"]), declared.shape)
-        covered = sum(math.prod(piece["shape"]) for piece in entry["pieces"])
-        if covered != declared.size:
-            raise CheckpointError(f"{path}: the pieces of {role}/{name} hold {covered} of its {declared.size} elements")
+        _check_shape(weights.path, f"{role}/{name}", weights.shapes[name], declared.shape)
         start, shape = spec.offsets(declared.shape, plan.layout.axis.rank), spec.local_shape(declared.shape)
-        part = torch.empty(shape)
-        for piece in entry["pieces"]:
-            _copy_overlap(part, start, files, path, f"{role}/{name}", piece)
-        return part.to(plan.home)
+        return weights.read(name, start, shape).to(plan.home)
 
+    return tree.map_with_path(leaf, plan.declared, plan.layout.specs)
+
+
+def _in_folder(path: Path, manifest: dict[str, Any], role: str) -> Weights:
+    """One role's tensors of a checkpoint; reads only the pieces that overlap."""
+    prefix = role + "/"
+    told = {name[len(prefix) :]: entry for name, entry in manifest["tensors"].items() if name.startswith(prefix)}
+    shapes = {name: tuple(entry["shape"]) for name, entry in told.items()}
+    files: dict[str, Any] = {}
+
+    def read(name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        pieces, size = told[name]["pieces"], math.prod(shapes[name])
+        covered = sum(math.prod(piece["shape"]) for piece in pieces)
+        if covered != size:
+            raise CheckpointError(f"{path}: the pieces of {role}/{name} hold {covered} of its {size} elements")
+        part = torch.empty(shape)
+        with _readable(path):
+            for piece in pieces:
+                _copy_overlap(part, start, files, path, f"{role}/{name}", piece)
+        return part
+
+    return Weights(path, shapes, read)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        return tree.map_with_path(leaf, plan.declared, plan.layout.specs)
+        yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
@@ -225,12 +257,14 @@ def _copy_overlap(part: torch.Tensor, start: tuple, files: dict, path: Path, key
     part[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start))] = files[piece["file"]].get_slice(key)[box]
 
 
-def _check_names(path: Path, role: str, found: set[str], plan: Plan) -> None:
-    wanted = {f"{role}/{name}" for name in tree.paths(plan.declared)}
+def _check_names(weights: Weights, role: str, plan: Plan) -> None:
+    found, wanted = set(weights.shapes), set(tree.paths(plan.declared))
     if missing := sorted(wanted - found):
-        raise CheckpointError(f"{path} has no tensor {missing[0]}: it was written for another model")
+        raise CheckpointError(f"{weights.path} has no tensor {role}/{missing[0]}: it was written for another model")
     if extra := sorted(found - wanted):
-        raise CheckpointError(f"{path} holds {len(extra)} tensors this model has not, the first is {extra[0]}")
+        raise CheckpointError(
+            f"{weights.path} holds {len(extra)} tensors this model has not, the first is {role}/{extra[0]}"
+        )
 
 
 def _check_shape(path: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -271,25 +305,25 @@ def _metadata(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is no safetensors file: {error}") from None
 
 
-def _read_file(path: Path, role: str, plan: Plan) -> tree.Tree:
-    """This rank's parts of the weights in one file, each held to its declaration."""
+def _in_file(path: Path, role: str) -> Weights:
+    """The weights in one file."""
+    prefix = role + "/"
+    with _readable(path):
+        file = safe_open(path, "pt")
+        if strange := [key for key in file.keys() if not key.startswith(prefix)]:
+            raise CheckpointError(f"{path} holds {strange[0]} beside {role} weights: it is none of odit's files")
+        shapes = {key[len(prefix) :]: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
 
-    def leaf(name: str, declared, spec):
-        whole = file.get_tensor(f"{role}/{name}")
-        _check_shape(path, f"{role}/{name}", tuple(whole.shape), declared.shape)
-        if whole.dtype != torch.float32:
+    def read(name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        with _readable(path):
+            part = file.get_slice(f"{role}/{name}")[tuple(slice(a, a + n) for a, n in zip(start, shape))]
+        if part.dtype != torch.float32:
             raise CheckpointError(
-                f"{role}/{name} in {path} is {whole.dtype}, weights are float32: convert the file first"
+                f"{role}/{name} in {path} is {part.dtype}, weights are float32: convert the file first"
             )
-        # safe_open maps the file, which may change under us: copy
-        return spec.take(whole, plan.layout.axis.rank).to(plan.home, copy=True).contiguous()
+        return part.clone(memory_format=torch.contiguous_format)  # the file is mapped, and may change under us
 
-    try:
-        with safe_open(path, "pt") as file:
-            _check_names(path, role, set(file.keys()), plan)
-            return tree.map_with_path(leaf, plan.declared, plan.layout.specs)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return Weights(path, shapes, read)
 
 
 def _hash(path: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from odit import data, diffusion, models, optim
+from odit import data, diffusion, finetune, models, optim
 from odit.config import Run, Sampling
 from odit.diffusion import solvers
 from odit.diffusion.flow import Flow
@@ -31,6 +31,7 @@ def check(run: Run, shape: Shape | None = None, world: int = 1) -> None:
     data.check(run.data)
     diffusion.check(run.diffusion)
     optim.check(run.optimizer)
+    _check_finetune(run)
     objective = diffusion.build(run.diffusion)
     encoders.check(run.encoders)
     _check_encoders(run)
@@ -100,6 +101,15 @@ def _check_share(run: Run, dp: int) -> None:
             else f"the share of a rank, {run.global_batch} / {dp} = {share}"
         )
         raise ValueError(f"micro_batch {micro} does not divide {of}: the nearest that does is {nearest}")
+
+
+def _check_finetune(run: Run) -> None:
+    finetune.check(run.finetune, started=run.init_from is not None or run.resume is not None)
+    if run.grad_norms and run.finetune.lora_rank:
+        raise ValueError(
+            f"grad_norms needs whole weights, and finetune.lora_rank {run.finetune.lora_rank} merges them block by "
+            "block: leave grad_norms out"
+        )
 
 
 def _check_offload(run: Run) -> None:

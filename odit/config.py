@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from odit import data, diffusion, optim
+from odit import data, diffusion, finetune, optim
 from odit.encoders import config as encoders
 from odit.models import config as models
 
@@ -89,7 +89,8 @@ class Run:
     resume: str | None = None
     """'latest', or the path of a checkpoint."""
     init_from: Path | None = None
-    """Weights file or checkpoint to start from instead of a fresh draw; live and EMA weights both start there."""
+    """Weights to start from instead of a fresh draw: a checkpoint or weights file, a .pt of facebookresearch/DiT, or a
+    folder of diffusers; live and EMA weights both start there."""
     replay: Path | None = None
     """Crash folder to execute again."""
     log_every: int = 10
@@ -126,6 +127,7 @@ class Run:
     model: models.Config = field(default_factory=models.Config)
     diffusion: diffusion.Config = field(default_factory=diffusion.Config)
     optimizer: optim.Config = field(default_factory=optim.Config)
+    finetune: finetune.Config = field(default_factory=finetune.Config)
     sampling: Sampling = field(default_factory=Sampling)
     parallel: Parallel = field(default_factory=Parallel)
 
@@ -287,7 +289,7 @@ def presets() -> dict[str, tuple[str, Run]]:
 FREE = {
     *("out", "stop_at", "micro_batch", "resume", "init_from", "replay", "log_every", "checkpoint_every", "keep"),
     *("sample_every", "validate_every", "validation_draws", "grad_norms", "evaluate", "progress", "kernels", "compile"),
-    *("device", "threads", "sampling", "data.workers", "data.path"),
+    *("device", "threads", "sampling", "data.workers", "data.path", "finetune.strict"),
     *("encoders.text_path", "encoders.vae_path", "encoders.place"),  # their fingerprints are compared
     *(f"parallel.{setting.name}" for setting in dataclasses.fields(Parallel) if setting.name != "ring_fp8"),
 }
@@ -352,6 +354,8 @@ def _value(hint: Any, value: Any, key: str) -> Any:
             return value
         raise ValueError(f"{key} is {value!r}: use one of {', '.join(map(str, args))}")
     elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            args = (args[0],) * len(value) if args[1:] == (Ellipsis,) else args
         if isinstance(value, (list, tuple)) and len(value) == len(args):
             return tuple(_value(a, v, key) for a, v in zip(args, value))
     elif hint is Path:

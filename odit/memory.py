@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from odit import ops, random, train, tree
+from odit import finetune, ops, random, train, tree
 from odit.front import Front
 from odit.parallel import offload, zero
 from odit.plan import Plan
@@ -50,7 +50,8 @@ def predict(plan: Plan) -> Memory:
         grads = _gradients(fake, params, _Down() if offloads else None)
         if state is not None:
             opt = train.optimizer(fake).init({})._replace(m=state[1], v=state[2])
-            train.optimizer(fake).update_(params, grads, opt, 1e-4)
+            mine = [finetune.select(t, fake.trained) for t in (params, grads, opt.m, opt.v)]
+            train.optimizer(fake).update_(*mine[:2], opt._replace(m=mine[2], v=mine[3]), 1e-4)
         del grads
     num = sum(map(math.prod, parts))
     host = offload.host_bytes(num, plan.dtype) if offloads else 0

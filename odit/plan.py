@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from odit import checks, compiling, data, diffusion, models, tree
+from odit import checks, compiling, data, diffusion, finetune, models, tree
 from odit import front as fronts
 from odit.config import Parallel, Run
 from odit.diffusion.flow import Flow
@@ -123,10 +123,17 @@ class Plan:
             self.declared, p.zero, self.mesh, self.dtype, reduce_dtype, self.device, p.remat == "block", self.claimed
         )
 
+    @functools.cached_property
+    def trained(self) -> tuple[bool, ...]:
+        """Which leaves train, in order; the others are frozen."""
+        return finetune.trained(self.run.finetune, self.declared)
+
     def view(self, targets: tree.Tree, held: zero.Held, sink: zero.Sink | None = None) -> tuple[tree.Tree, Ops]:
         """``layout.view`` of this plan's record: parameters and record for a forward pass."""
         params, ops = self.layout.view(targets, held, self.ops, sink)
-        return params, compiling.compiled(ops) if self.compiled else ops
+        ops = compiling.compiled(ops) if self.compiled else ops
+        cfg = self.run.finetune
+        return params, finetune.adapted(ops, cfg.scale) if cfg.lora_rank else ops
 
     def inference(self, params: tree.Tree) -> tuple[tree.Tree, Ops]:
         """Parameters and record for forward passes without gradients, from this rank's parts of the weights."""
@@ -183,11 +190,13 @@ def compose(run: Run, shape: Shape, mesh: Mesh | None = None, front: Front | Non
     obstacle = compiling.obstacle(device, compiling.BACKEND) if run.compile else None
     if run.compile:
         notes.append(f"compile: none ({obstacle})" if obstacle else f"compile: blocks, by {compiling.BACKEND}")
+    declared = finetune.declare(run.finetune, models.of(run.model).declare(run.model, shape))
+    notes += finetune.describe(run.finetune, declared)
     return Plan(
         run=run,
         device=device,
         shape=shape,
-        declared=models.of(run.model).declare(run.model, shape),
+        declared=declared,
         objective=objective if isinstance(objective, Flow) else objective.to(device),
         kernels=kernels,
         dtype=DTYPES[run.precision],

@@ -9,10 +9,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PURE = {
     *("tree", "random", "param", "ops", "nn", "models", "diffusion", "optim", "data", "metrics", "convert", "config"),
-    *("compiling", "encoders", "judge", "media"),
+    *("compiling", "finetune", "encoders", "judge", "media"),
 }
 BOTH_SIDES = {
-    *("plan", "checks", "front", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory")
+    *("plan", "checks", "front", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"),
+    "initial",
 }
 ALLOWED = {
     "kernels": {"ops", "tree", "kernels"},

@@ -56,7 +56,7 @@ class Settings(NamedTuple):
 
 class Offload:
     """The host's side of a training run; ``host`` are indices of the leaves that live there, all or, after ``settle``
-    under a ``budget`` of device bytes, those that do not fit.
+    under a ``budget`` of device bytes, those that do not fit. ``frozen`` are those that no update moves.
 
     One step: ``begin``; ``sources``, which gathers read; ``sink`` of each micro-batch during its backward;
     ``squared_norm``; and ``update_``, if the step counts.
@@ -69,9 +69,10 @@ class Offload:
         host: Iterable[int],
         budget: float | None = None,
         num_micro: int = 1,
+        frozen: Iterable[int] = (),
     ):
         assert layout.stage >= 2, "gradients leave block by block in stages 2 and 3 alone"
-        self.layout, self.optimizer, self.host = layout, optimizer, set(host)
+        self.layout, self.optimizer, self.host, self.frozen = layout, optimizer, set(host), set(frozen)
         self.paths = tree.paths(layout.declared)
         self.specs = tree.leaves(layout.specs)
         self.sizes = [math.prod(s.local_shape(p.shape)) for p, s in zip(tree.leaves(layout.declared), self.specs)]
@@ -118,7 +119,7 @@ class Offload:
 
         def take(i: int, grads: list[Tensor]) -> list[Tensor | None]:
             bundle = self.bundles[i]
-            mine = [(n, g) for n, g in zip(bundle, grads) if n in self.host]
+            mine = [(n, g) for n, g in zip(bundle, grads) if n in self.host - self.frozen]
             if mine:
                 if len(self.jobs) >= 2:
                     self.jobs[-2].result()  # its staging buffer is free again
@@ -145,7 +146,8 @@ class Offload:
 
         ``grads`` are those of the leaves on the device, ``clip`` scales all.
         """
-        there = [(s, g) for n, (s, g) in enumerate(zip(self.state, tree.leaves(grads))) if n not in self.host]
+        pairs = enumerate(zip(self.state, tree.leaves(grads)))
+        there = [(s, g) for n, (s, g) in pairs if n not in self.host | self.frozen]
         if there:
             leaves, grads = zip(*there)
             if clip != 1:
@@ -153,7 +155,7 @@ class Offload:
             p, m, v, ema = ([s[k] for s in leaves] for k in range(4))
             self._adamw_(p, [g.view(-1) for g in grads], m, v)
             optim.ema_(ema, p, self.settings.ema_decay)
-        for n in sorted(self.host):
+        for n in sorted(self.host - self.frozen):
             self._update_(n, clip)
         self.cast_from = self.trees[0]
         return {"opt": self.opt._replace(count=self.opt.count + 1)}

@@ -147,6 +147,9 @@ class Layout:
     def _all_reduce(self, grads: tree.Tree, specs: tree.Tree) -> tree.Tree:
         leaves, found = tree.leaves(grads), tree.leaves(specs)
         for axis, places in self._sums(found):
+            places = [i for i in places if leaves[i] is not None]  # frozen leaves have no gradient
+            if not places:
+                continue
             flat = torch.cat([leaves[i].reshape(-1).to(self.reduce_dtype) for i in places])
             collectives.all_reduce_(flat, axis)
             for i, summed in zip(places, flat.split([leaves[i].numel() for i in places])):
