@@ -61,7 +61,7 @@ def main(run: config.Run) -> None:
             say(composed, memory.describe(composed))
 
         key = random.key(run.seed)
-        state = restore(composed, dataset) or fresh(composed, key)
+        state = train.share_frozen(composed, restore(composed, dataset) or fresh(composed, key))
         stop = run.stop_at or run.steps
         if state.step >= stop and (state.step < run.steps or finished(run)):
             say(composed, f"already at step {state.step} of {stop}: nothing to do")

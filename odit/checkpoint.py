@@ -61,12 +61,14 @@ def _write_pieces(plan: Plan, state: TrainState, folder: Path) -> tuple[str, dic
     """Writes this rank's file; returns its name, {tensor: offsets of its piece} and its size and hash."""
     axis = plan.layout.axis
     name = f"state-{axis.rank:05d}-of-{axis.size:05d}.safetensors"
-    pieces, offsets = {}, {}
+    pieces, offsets, live = {}, {}, dict(tree.items(state.params))
     for role, t in zip(ROLES, (state.params, state.opt.m, state.opt.v, state.ema)):
         leaves = zip(tree.items(t), tree.leaves(plan.declared), tree.leaves(plan.layout.specs))
         for (path, leaf), declared, spec in leaves:
             if spec.owns(axis.rank):
-                pieces[f"{role}/{path}"] = leaf.detach().cpu().contiguous()
+                piece = leaf.detach().cpu().contiguous()
+                shared = role == "ema" and leaf is live[path]  # of a frozen leaf; safetensors wants memory of its own
+                pieces[f"{role}/{path}"] = piece.clone() if shared else piece
                 offsets[f"{role}/{path}"] = spec.offsets(declared.shape, axis.rank)
     save_file(pieces, folder / name)
     _sync(folder / name)

@@ -44,17 +44,19 @@ def predict(plan: Plan) -> Memory:
     parts = [s.local_shape(p.shape) for p, s in zip(tree.leaves(plan.declared), tree.leaves(layout.specs))]
     on_host = _empty(plan.declared, parts, plan.dtype) if offloads else None
     with Weigh(tree.leaves(on_host) if offloads else []) as weigh:
-        state = None if offloads else [_empty(plan.declared, parts, torch.float32) for _ in range(4)]
+        mine = finetune.select(tree.unflatten(plan.declared, parts), fake.trained)  # train.share_frozen
+        state = None if offloads else [_empty(plan.declared, parts, torch.float32), *_beside(mine)]
         standing = weigh.now()
         params = on_host if state is None else state[0]
         grads = _gradients(fake, params, _Down() if offloads else None)
         if state is not None:
             opt = train.optimizer(fake).init({})._replace(m=state[1], v=state[2])
-            mine = [finetune.select(t, fake.trained) for t in (params, grads, opt.m, opt.v)]
-            train.optimizer(fake).update_(*mine[:2], opt._replace(m=mine[2], v=mine[3]), 1e-4)
+            params, grads = (finetune.select(t, fake.trained) for t in (params, grads))
+            train.optimizer(fake).update_(params, grads, opt, 1e-4)
         del grads
     num = sum(map(math.prod, parts))
-    host = offload.host_bytes(num, plan.dtype) if offloads else 0
+    few = sum(map(math.prod, mine))  # frozen leaves have a master and a working copy alone
+    host = offload.host_bytes(few, plan.dtype) + (num - few) * (4 + plan.dtype.itemsize) if offloads else 0
     return Memory(weigh.peak, standing, host)
 
 
@@ -169,6 +171,11 @@ def flash_on_meta(record: ops.Ops) -> ops.Ops:
         return found[0].transpose(1, 2)
 
     return dataclasses.replace(record, attend=attend) if record.attend is ops.attend_sdpa else record
+
+
+def _beside(parts: list[tuple[int, ...]]) -> list[list[torch.Tensor]]:
+    """Moments and EMA of the leaves that train."""
+    return [_empty(parts, parts, torch.float32) for _ in range(3)]
 
 
 def _empty(like: tree.Tree, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> tree.Tree:

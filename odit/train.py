@@ -56,6 +56,18 @@ def init_state(plan: Plan, key: random.Key) -> TrainState:
     return TrainState(0, params, optimizer(plan).init(params), ema, LossScale(scale, 0))
 
 
+def share_frozen(plan: Plan, state: TrainState) -> TrainState:
+    """The state whose frozen leaves take no memory beside their weight: it is the EMA too, and moments are one zero."""
+
+    def moments(t: tree.Tree) -> tree.Tree:
+        pairs = zip(tree.leaves(t), plan.trained)
+        return tree.unflatten(t, [x if trains else x.new_zeros(()).expand(x.shape) for x, trains in pairs])
+
+    averages = zip(tree.leaves(state.ema), tree.leaves(state.params), plan.trained)
+    ema = tree.unflatten(state.ema, [x if trains else p for x, p, trains in averages])
+    return state._replace(opt=state.opt._replace(m=moments(state.opt.m), v=moments(state.opt.v)), ema=ema)
+
+
 def optimizer(plan: Plan) -> optim.Optimizer:
     """The run's AdamW."""
     cfg = plan.run.optimizer

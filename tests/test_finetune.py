@@ -9,9 +9,8 @@ from conftest import redraw
 from PIL import Image
 from safetensors.torch import load_file
 
-from odit import checkpoint, config, convert, data, finetune, initial, models, param, plan, random, tree
+from odit import checkpoint, config, convert, data, finetune, initial, memory, models, param, plan, random, tree
 from odit import train as training
-from odit.data import loader
 from odit.health import CheckpointError
 from odit.models.config import Config, Shape
 from odit.parallel.mesh import single
@@ -247,9 +246,11 @@ def drawn(tuned):
     return redraw(finetune.declare(tuned, declared()))
 
 
-@functools.cache
-def digits():
-    return data.open_dataset(RUN.data)
+def batches(rank=0, size=1):
+    """A rank's shares of three global batches."""
+    for ids in torch.arange(3 * RUN.global_batch).chunk(3):
+        mine = ids.chunk(size)[rank]
+        yield data.Batch(mine, random.normal(KEY, (1, 8, 8), mine), mine % 10)
 
 
 def fp64_state(composed):
@@ -257,15 +258,15 @@ def fp64_state(composed):
     params = tree.map(lambda w, s: s.take(w, axis.rank).clone(), whole, composed.layout.specs)
     ema = tree.map(torch.clone, params)
     opt = training.optimizer(composed).init(params)
-    return training.TrainState(0, params, opt, ema, training.LossScale(1.0, 0))
+    state = training.TrainState(0, params, opt, ema, training.LossScale(1.0, 0))
+    return training.share_frozen(composed, state)
 
 
 def three_steps(mesh, run):
     """[(loss, norm)], and {role: whole leaves by name} after three steps."""
     composed = dataclasses.replace(plan.compose(run, SHAPE, mesh), dtype=torch.float64)
     state, step, log = fp64_state(composed), training.make_step(composed), []
-    share = (mesh.dp.rank, mesh.dp.size)
-    for batch in loader.batches(digits(), KEY, global_batch=run.global_batch, stop=3, part=share):
+    for batch in batches(mesh.dp.rank, mesh.dp.size):
         state, metrics = step(state, batch, KEY)
         log.append((metrics["loss"], metrics["grad_norm"]))
     specs = tree.leaves(composed.layout.specs)
@@ -305,6 +306,18 @@ def test_two_ranks_equal_one(ranks, world, tuned, zero, offload, remat):
     assert_equal_to_one_rank(ranks.run(world, three_steps, run), tuned)
 
 
+def test_frozen_leaves_take_no_memory_beside_their_weight():
+    """What a state holds, and what the plan of memory says stands between steps."""
+    composed = plan.compose(tuning(LORA), SHAPE)
+    state = training.share_frozen(composed, training.init_state(composed, KEY))
+    everything = tree.leaves([state.params, state.opt.m, state.opt.v, state.ema])
+    found = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in everything}
+    num, few = (param.count(t) for t in (composed.declared, finetune.select(composed.declared, composed.trained)))
+    zeros = 2 * 4 * (len(composed.trained) - sum(composed.trained))
+    assert sum(found.values()) == 4 * num + 12 * few + zeros
+    assert memory.predict(composed).standing == 4 * num + 12 * few
+
+
 @pytest.mark.parametrize("world", [2], scope="session")
 @pytest.mark.parametrize("sequence, zero", [("megatron", 0), ("megatron", 3), ("ulysses", 3)])
 def test_adapters_under_a_sequence_strategy(ranks, world, sequence, zero):
@@ -323,8 +336,7 @@ def test_frozen_steps_are_those_of_a_plain_optimizer():
     mine, cfg = finetune.select(params, trains), run.optimizer
     assert 0 < len(mine) < len(trains)
     adam = torch.optim.AdamW(mine, lr=0, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay)
-    batches = loader.batches(digits(), KEY, global_batch=run.global_batch, stop=3)
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(batches()):
         adam.param_groups[0]["lr"] = cfg.lr * (i + 1) / cfg.warmup
         _, grads, _ = training.gradients(composed, params, batch, KEY)
         found = finetune.select(grads, trains)
