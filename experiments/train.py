@@ -58,7 +58,7 @@ def main(run: config.Run) -> None:
         composed = plan.make(run, dataset, mesh, front)
         say(composed, plan.describe(composed))
         if composed.device.type == "cuda" and rank == 0:
-            say(composed, memory.describe(composed))
+            say(composed, memory.describe(plan.largest(composed)))
 
         key = random.key(run.seed)
         state = train.share_frozen(composed, restore(composed, dataset) or fresh(composed, key))
@@ -287,7 +287,7 @@ def finish(composed, dataset, state, recorder) -> None:
             whole = finetune.merge(whole, run.finetune.scale)
             told |= {"config": config.to_json(dataclasses.replace(run, finetune=finetune.Config()))}
         checkpoint.save_weights(out / "ema.safetensors", whole, {**told, "finetune": config.to_json(run.finetune)})
-    kind = "mp4" if len(composed.shape.size) == 3 else "png"
+    kind = "png" if composed.shape.size[:-2] in ((), (1,)) else "mp4"
     shown = out / "samples" / f"step_{state.step:08d}.{kind}"
     say(composed, f"weights: {out / 'ema.safetensors'}\nsamples: {shown}")
     if run.evaluate and run.data.source in evaluate.JUDGES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from odit.diffusion import solvers
 from odit.diffusion.flow import Flow
 from odit.encoders import config as encoders
 from odit.models import config as model_config
-from odit.models.config import Config, Shape
+from odit.models.config import Config, Shape, Size
 from odit.parallel import sequence
 from odit.parallel.mesh import check_mesh
 
@@ -36,7 +37,8 @@ def check(run: Run, shape: Shape | None = None, world: int = 1) -> None:
     encoders.check(run.encoders)
     _check_encoders(run)
     _check_pairs(run, shape)
-    shape = shape or expected_shape(run)
+    if shape is None and (shape := expected_shape(run)) is not None:
+        check_buckets(run, shape, data.bucket_sizes(run.data), world)
     if shape is not None:
         model_config.check(run.model, shape)
         _check_sequence(run, shape, sp, world)
@@ -83,6 +85,29 @@ def _check_sequence(run: Run, shape: Shape, sp: int, world: int) -> None:
             f"{told}; sp is {sp} because global_batch {run.global_batch} does not divide over {world} ranks: "
             f"use --global-batch {nearest}"
         ) from None
+
+
+def check_buckets(run: Run, shape: Shape, sizes: dict[str, Size], world: int) -> None:
+    """Refuses a bucket that the model or the sequence strategy cannot serve; raises ValueError, which names it.
+
+    Args:
+        sizes: what the model sees of a sample, by the bucket's name.
+    """
+    if not sizes:
+        return
+    sp = divide(run, world)[1]
+    for name, size in sizes.items():
+        one = dataclasses.replace(shape, size=size)
+        try:
+            model_config.check(run.model, one)
+            _check_sequence(run, one, sp, world)
+        except ValueError as error:
+            raise ValueError(f"data.buckets has {name}, and {error}") from None
+    if run.parallel.offload == "auto":
+        raise ValueError(
+            "parallel.offload auto places state by what the first steps hold, and steps of data.buckets differ: "
+            "use --parallel.offload optimizer"
+        )
 
 
 def _check_share(run: Run, dp: int) -> None:

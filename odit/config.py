@@ -354,8 +354,7 @@ def _value(hint: Any, value: Any, key: str) -> Any:
             return value
         raise ValueError(f"{key} is {value!r}: use one of {', '.join(map(str, args))}")
     elif origin is tuple:
-        if isinstance(value, (list, tuple)):
-            args = (args[0],) * len(value) if args[1:] == (Ellipsis,) else args
+        args = args[:1] * len(value) if args[-1] is Ellipsis and isinstance(value, (list, tuple)) else args
         if isinstance(value, (list, tuple)) and len(value) == len(args):
             return tuple(_value(a, v, key) for a, v in zip(args, value))
     elif hint is Path:

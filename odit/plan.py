@@ -15,6 +15,7 @@ import torch
 from odit import checks, compiling, data, diffusion, finetune, models, tree
 from odit import front as fronts
 from odit.config import Parallel, Run
+from odit.data import buckets
 from odit.diffusion.flow import Flow
 from odit.front import Front
 from odit.models.config import Config, Shape, Size
@@ -51,6 +52,8 @@ class Plan:
 
     front: Front = field(default_factory=Front)
     """What stands between data and model."""
+    sizes: tuple[Size, ...] = ()
+    """What the model sees of samples, a bucket each; ``shape`` is of the first."""
 
     @property
     def tokenize(self) -> Callable[[list[str]], dict[str, torch.Tensor]] | None:
@@ -150,7 +153,14 @@ def _pinned(x: torch.Tensor) -> torch.Tensor:
 def make(run: Run, dataset: data.Dataset, mesh: Mesh | None = None, front: Front | None = None) -> Plan:
     """Composes the plan of a run on this data; checks first."""
     front = front or load_front(run, mesh)
-    plan = compose(run, shape_of(run, dataset, front), mesh, front)
+    sizes = bucket_sizes(run, front)
+    shape = shape_of(run, dataset, front)
+    checks.check_buckets(run, shape, sizes, (mesh or single()).world)
+    plan = compose(run, shape, mesh, front)
+    if isinstance(dataset, buckets.Bucketed):
+        tokens = [models.num_tokens(run.model, size) for size in sizes.values()]
+        told = dataset.describe(run.global_batch, dict(zip(dataset.buckets, tokens)).__getitem__)
+        plan = dataclasses.replace(plan, notes=(*plan.notes, *told), sizes=tuple(sizes.values()))
     if run.global_batch <= len(dataset.train_ids):
         return plan
     note = (
@@ -256,6 +266,23 @@ def shape_of(run: Run, dataset: data.Dataset, front: Front) -> Shape:
     channels, *size = front.sample_shape(dataset.shape)
     outputs = 2 if run.diffusion.learned_variance else 1
     return Shape(channels, tuple(size), dataset.num_classes, outputs, *front.text_size)
+
+
+def bucket_sizes(run: Run, front: Front) -> dict[str, Size]:
+    """What the model sees of samples by their buckets' names; raises ValueError for one that an encoder cannot take."""
+    found = {}
+    for name, size in data.bucket_sizes(run.data).items():
+        try:
+            found[name] = front.sample_shape((3, *size))[1:]
+        except ValueError as error:
+            raise ValueError(f"data.buckets has {name}, and {error}") from None
+    return found
+
+
+def largest(plan: Plan) -> Plan:
+    """The plan as of the bucket with most tokens, whose steps hold most."""
+    size = max(plan.sizes, key=lambda size: models.num_tokens(plan.run.model, size), default=plan.shape.size)
+    return dataclasses.replace(plan, shape=replace(plan.shape, size=size))
 
 
 def _ranks(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -30,22 +31,30 @@ def validate(
     Ranks along dp measure a share each, and all return the same; a picture that only some of them can read does not
     keep them apart. Raises DataError, on all of them, where no picture can be read.
     """
-    ids, axis = dataset.held_out_ids, plan.mesh.dp
-    if not len(ids):
+    if not len(dataset.held_out_ids):
         raise DataError("there are no held-out samples to validate on")
     with torch.no_grad():
         # Gradients of single samples need the whole weights at once; plan refuses them where zero does not keep these.
         working = (plan.layout.hold(params).whole, plan.ops) if plan.run.grad_norms else plan.inference(params)
     bad: dict[str, str] = {}
 
-    def measured(places_B: Tensor) -> Tensor:
+    def measured(part: Dataset, places_B: Tensor) -> Tensor:
+        ids = part.held_out_ids
         repeats_B, ids_B = places_B // len(ids), ids[places_B % len(ids)]
-        x, y, read_B = _read(plan, dataset, ids_B, bad)
+        x, y, read_B = _read(plan, part, ids_B, bad)
         for other_B in collectives.gather_objects(plan.mesh.sp, read_B) if plan.mesh.sp.size > 1 else ():
             read_B = read_B & other_B  # what one of those that share a sample cannot read is left out by all
         return _measure(plan, working, x, y, read_B, ids_B + (repeats_B << 32))
 
-    rows = spread(measured, plan.run.validation_draws * len(ids), axis, plan.micro_batch)
+    # samples of mixed sizes bucket by bucket
+    parts = [part for part in getattr(dataset, "parts", [dataset]) if len(part.held_out_ids)]
+    counts = [plan.run.validation_draws * len(part.held_out_ids) for part in parts]
+    rows = torch.cat(
+        [
+            spread(functools.partial(measured, part), count, plan.mesh.dp, plan.micro_batch)
+            for part, count in zip(parts, counts)
+        ]
+    )
     everybody = plan.mesh.all
     told = set().union(*collectives.gather_objects(everybody, set(bad))[: everybody.rank])
     for path, reason in bad.items():
@@ -53,7 +62,7 @@ def validate(
             on_bad(path, reason)
     read, bins, *values = rows[rows[:, 0] == 1].unbind(1)
     if not len(read):
-        raise DataError(f"none of the {len(ids)} held-out samples can be read")
+        raise DataError(f"none of the {len(dataset.held_out_ids)} held-out samples can be read")
     result = {"loss": float(values[0].mean())}
     for name, value in zip(("loss", "grad_norm"), values):
         for b in range(BINS):

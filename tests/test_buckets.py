@@ -8,6 +8,7 @@ import torch
 
 from odit import random
 from odit.data import DataError, buckets, loader
+from odit.data.dataset import sample_ids
 
 KEY = random.key(7)
 
@@ -151,7 +152,7 @@ def test_a_schedule_keeps_every_sample_and_its_shares(counts, batch):
         epochs = rounds * n * batch // count
         assert epochs >= 2
         for epoch in range(epochs):
-            of_epoch = loader.sample_ids(draws[draws >> 32 == epoch])
+            of_epoch = sample_ids(draws[draws >> 32 == epoch])
             assert torch.equal(of_epoch.sort().values, ids[bucket].sort().values)
         assert (draws >> 32 >= epochs).sum() == rounds * n * batch - epochs * count
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from odit.data import buckets
 from odit.data.dataset import BadSample, Batch, DataError, Dataset
 
 __all__ = ["BadSample", "Batch", "Config", "DataError", "Dataset", "check", "expected", "has_captions", "open_dataset"]
@@ -31,6 +32,9 @@ class Config:
     """Width, where pictures are not square."""
     frames: int | None = None
     """Frames of a clip; pictures unless given. 16 for moving-digits unless given."""
+    buckets: tuple[str, ...] = ()
+    """Mixed sizes, such as 256x256 256x384 or 16x256x256 1x256x384, instead of image_size and frames: a batch is of one
+    of them. Samples are drawn of the first (folder, table, tars)."""
     interval: int = 1
     """Frames of the film from one frame of a clip to the next (table, tars)."""
     caption: str | None = None
@@ -52,7 +56,7 @@ class Config:
 
 
 DIGITS = ("digits", "digits-text", "moving-digits")
-SIZED = ["path", "image_size", "image_width"]
+SIZED = ["path", "image_size", "image_width", "buckets"]
 USED = {
     "digits": ["image_size"],
     "digits-text": ["image_size"],
@@ -71,17 +75,20 @@ def check(cfg: Config) -> None:
     for name in (*SIZED, "frames", "interval", "caption", "label", "channels", "num_classes"):
         value = getattr(cfg, name)
         if value != getattr(Config, name) and name not in USED[cfg.source]:
+            value = " ".join(value) if isinstance(value, tuple) else value
             value = repr(str(value)) if isinstance(value, (Path, str)) else value
             where = " or ".join(source for source in USED if name in USED[source])
             raise ValueError(
                 f"data.{name} is {value}, which data.source {cfg.source} has no use for: leave it out or use {where}"
             )
     _check_digits(cfg)
+    if cfg.buckets:
+        _check_buckets(cfg)
     if "path" in USED[cfg.source]:
         what = {"folder": "folder of pictures", "table": "table's file", "tars": "shards"}[cfg.source]
         if cfg.path is None:
             raise ValueError(f"data.path is not given but data.source is {cfg.source}: give the {what}")
-        if cfg.image_size is None:
+        if cfg.image_size is None and not cfg.buckets:
             raise ValueError(
                 f"data.image_size is not given but data.source is {cfg.source}: give a side in pixels such as 256"
             )
@@ -101,6 +108,28 @@ def check(cfg: Config) -> None:
         raise ValueError(f"data.held_out is {cfg.held_out}: use a fraction in [0, 1) such as 0.1")
     if not (math.isfinite(cfg.bad_budget) and 0 <= cfg.bad_budget <= 1):
         raise ValueError(f"data.bad_budget is {cfg.bad_budget}: use a fraction in [0, 1] such as 0.01")
+
+
+def _check_buckets(cfg: Config) -> None:
+    found = [buckets.parse(text) for text in cfg.buckets]
+    buckets.check_distinct(found)
+    for name in ("image_size", "image_width", "frames"):
+        if (value := getattr(cfg, name)) is not None:
+            raise ValueError(
+                f"data.{name} is {value} but data.buckets give the sizes: use --data.{name.replace('_', '-')} None"
+            )
+    for bucket in found:
+        if bucket[0] > 1 and cfg.source == "folder":
+            raise ValueError(
+                f"data.buckets has {buckets.name(bucket)} but data.source folder has pictures, of one frame: "
+                "use height x width, or data.source table or tars"
+            )
+
+
+def bucket_sizes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Sizes of samples by the names of their buckets: (H, W), or (T, H, W) of all where one has several frames."""
+    found = [buckets.parse(text) for text in cfg.buckets]
+    return dict(zip(map(buckets.name, found), buckets.sizes(found)))
 
 
 def _check_digits(cfg: Config) -> None:
@@ -129,6 +158,8 @@ def expected(cfg: Config) -> tuple[int, tuple[int, ...], int]:
     frames = 16 if cfg.source == "moving-digits" and cfg.frames is None else cfg.frames
     height = cfg.image_size or default
     size = (*([frames] if frames else []), height, cfg.image_width or height)
+    if cfg.buckets:
+        size = next(iter(bucket_sizes(cfg).values()))
     if cfg.source == "moving-digits":
         return 1, size, 0
     if cfg.source == "synthetic":
@@ -143,6 +174,14 @@ def open_dataset(cfg: Config, tokenize: Callable[[list[str]], dict[str, Any]] | 
         tokenize: turns captions into tensors with B first; for data that has some.
     """
     check(cfg)
+    dataset = _open(cfg, tokenize)
+    if not cfg.buckets:
+        return dataset
+    assert isinstance(dataset, buckets.Sized)  # check saw to it
+    return buckets.Bucketed(dataset, list(map(buckets.parse, cfg.buckets)), cfg.interval, cfg.bad_budget)
+
+
+def _open(cfg: Config, tokenize: Callable[[list[str]], dict[str, Any]] | None) -> Dataset:
     assert (tokenize is not None) == has_captions(cfg), "captions and what reads them come together"
     channels, size, num_classes = expected(cfg)
     if cfg.source == "digits":

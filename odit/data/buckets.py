@@ -9,17 +9,18 @@ is dropped. All this is a function of (key, step): ranks take equal shares of on
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from odit import random
 from odit.data import loader
-from odit.data.dataset import DataError
+from odit.data.dataset import READ_KEY, BadSample, DataError, Dataset, sample_ids
 
 Bucket = tuple[int, int, int]
 
@@ -46,6 +47,17 @@ def name(bucket: Bucket) -> str:
     return "x".join(map(str, bucket if bucket[0] > 1 else bucket[1:]))
 
 
+def sizes(buckets: list[Bucket]) -> list[tuple[int, ...]]:
+    """Sizes of samples: (H, W), or (T, H, W) of all where one has several frames, so that one model serves them."""
+    return [bucket if max(buckets)[0] > 1 else bucket[1:] for bucket in buckets]
+
+
+def check_distinct(buckets: list[Bucket]) -> None:
+    """Raises ValueError for a size that is there twice."""
+    if twice := [bucket for i, bucket in enumerate(buckets) if bucket in buckets[:i]]:
+        raise ValueError(f"data.buckets has {name(twice[0])} twice: give each size once")
+
+
 class Assignment(NamedTuple):
     """The bucket of each sample of a data set."""
 
@@ -65,8 +77,7 @@ def assign(sizes_N3: Tensor, buckets: list[Bucket], interval: int = 1) -> Assign
     """
     if not buckets:
         raise ValueError("data.buckets is empty: give sizes such as 256x384 or 16x256x256")
-    if twice := [bucket for i, bucket in enumerate(buckets) if bucket in buckets[:i]]:
-        raise ValueError(f"data.buckets has {name(twice[0])} twice: give each size once")
+    check_distinct(buckets)
     assert interval >= 1, interval
     buckets_B3 = torch.tensor(buckets, dtype=torch.int64)
     chosen = [_assign(rows, buckets_B3, interval) for rows in sizes_N3.split(ROWS)]
@@ -152,10 +163,83 @@ class Schedule:
     def _places(self, steps_S: Tensor) -> tuple[Tensor, Tensor]:
         """The bucket of each step and which batch of it this is; slots are drawn as samples are, cycle after cycle."""
         draws_S = loader.draw_ids(torch.arange(self.cycle), random.fold_in(self.key, "slots"), steps_S)
-        cycle_S, slot_S = draws_S >> 32, loader.sample_ids(draws_S)
+        cycle_S, slot_S = draws_S >> 32, sample_ids(draws_S)
         ends, steps = torch.tensor(self.ends), torch.tensor(self.steps)
         bucket_S = torch.searchsorted(ends, slot_S, right=True)
         return bucket_S, (cycle_S + 1) * steps[bucket_S] + slot_S - ends[bucket_S]
+
+
+@runtime_checkable
+class Sized(Dataset, Protocol):
+    """A data set that knows its samples' sizes before it reads them, and reads them at any."""
+
+    def sizes(self) -> Tensor:
+        """Int64 (N, 3) of frames, height and width, zeros for what cannot be read."""
+        ...
+
+    def at(self, size: tuple[int, ...]) -> Dataset:
+        """The same samples at another size, (H, W) or (T, H, W)."""
+        ...
+
+
+class Bucketed:
+    """A data set in buckets: ``parts`` are its views, a bucket each, with that bucket's ids and shape.
+
+    ``shape`` is that of the first bucket. Samples without a bucket are in neither ``train_ids`` nor ``held_out_ids``.
+    """
+
+    def __init__(self, dataset: Sized, buckets: list[Bucket], interval: int = 1, bad_budget: float = 0.01):
+        """Looks at every sample's header; raises DataError where more cannot be read than ``bad_budget`` allows."""
+        self.buckets, self.num = buckets, [len(dataset.train_ids), len(dataset.held_out_ids)]
+        self.assignment = assign(dataset.sizes(), buckets, interval)
+        _check_readable(dataset, self.assignment, bad_budget)
+        self.train_ids, self.held_out_ids = (
+            ids[self.assignment.bucket_N[ids] >= 0] for ids in (dataset.train_ids, dataset.held_out_ids)
+        )
+        self.parts = [dataset.at(size) for size in sizes(buckets)]
+        for b, part in enumerate(self.parts):
+            part.train_ids = members(self.assignment, self.train_ids, len(buckets))[b]
+            part.held_out_ids = members(self.assignment, self.held_out_ids, len(buckets))[b]
+        self.shape = self.parts[0].shape
+        self.num_classes, self.class_names = dataset.num_classes, dataset.class_names
+
+    def schedule(self, key: random.Key, global_batch: int) -> Schedule:
+        """What a run with this key trains on."""
+        return Schedule([part.train_ids for part in self.parts], key, global_batch)
+
+    def read(self, ids: list[int] | Tensor, key: random.Key = READ_KEY) -> tuple[Tensor, Any]:
+        """Reads samples of one bucket by draw id; raises BadSample for the first that cannot be read."""
+        (b,) = self.assignment.bucket_N[sample_ids(ids)].unique().tolist()
+        return self.parts[b].read(ids, key)
+
+    def fingerprint(self) -> str:
+        """Hashes what the samples are and which bucket each is in; tells the buckets."""
+        digest = hashlib.blake2b(self.parts[0].fingerprint().encode(), digest_size=16)
+        digest.update(self.assignment.bucket_N.numpy().tobytes())
+        return f"{digest.hexdigest()} in {' '.join(map(name, self.buckets))}"
+
+    def describe(self, global_batch: int, tokens: Callable[[Bucket], int] | None = None) -> list[str]:
+        """The plan in words, as the function of this name, and a line on validation."""
+        lines = describe(self.buckets, self.assignment, self.schedule(READ_KEY, global_batch), tokens)
+        if not self.num[1]:
+            return lines
+        left_out = self.num[1] - len(self.held_out_ids)
+        told = f"; {left_out:,} held-out ones have no bucket and are left out" if left_out else ""
+        return [*lines, f"validation: {_count(len(self.held_out_ids), 'sample')}, bucket by bucket{told}"]
+
+
+def _check_readable(dataset: Sized, assignment: Assignment, bad_budget: float) -> None:
+    """What the loader asks of samples as it reads them, of all of them at once."""
+    ids = torch.nonzero(assignment.reason_N == UNREADABLE).flatten().tolist()
+    if not loader.over_budget(len(ids), len(assignment.reason_N), bad_budget):
+        return
+    bad = {}
+    for i in ids:
+        try:
+            dataset.read([i])
+        except BadSample as error:
+            bad[error.path] = error.reason
+    raise DataError(loader.list_bad(bad, len(assignment.reason_N), bad_budget))
 
 
 def describe(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from odit import random
+from odit.data import clips
 from odit.data.dataset import READ_KEY, DataError, sample_ids, split
 from odit.data.pictures import EXTENSIONS, centre_crop, read_picture
 
@@ -26,12 +28,31 @@ class Folder:
         self.num_classes = len(self.class_names)
         self.y_N = torch.tensor(labels, dtype=torch.int64)
         self.train_ids, self.held_out_ids = split(len(self.names), held_out)
+        self.found_sizes: Tensor | None = None
 
     def read(self, ids: list[int] | Tensor, key: random.Key = READ_KEY) -> tuple[Tensor, Tensor]:
         """Decodes pictures; raises BadSample(path, reason) for the first that cannot be used."""
         ids = sample_ids(ids)
-        pictures = [read_picture(self.path / self.names[i], self.shape[-1]) for i in ids.tolist()]
+        pictures = [read_picture(self.path / self.names[i], self.shape[1:]) for i in ids.tolist()]
         return torch.stack(pictures), self.y_N[ids]
+
+    def at(self, size: tuple[int, ...]) -> Folder:
+        """The same pictures at another size (H, W)."""
+        height, width = size
+        other = copy.copy(self)
+        other.shape = (3, height, width)
+        return other
+
+    def sizes(self) -> Tensor:
+        """Looks at all headers, once: int64 (N, 3) of 1, height and width, zeros for what cannot be read."""
+        if self.found_sizes is None:
+            self.found_sizes = clips.item_sizes(len(self.names), self.item)
+        return self.found_sizes
+
+    def item(self, row: int) -> clips.Item:
+        """Says where a picture is."""
+        path = self.path / self.names[row]
+        return clips.Item(str(path), path, clip=False)
 
     def fingerprint(self) -> str:
         """Hashes names and file sizes (one stat a file) and the image size."""

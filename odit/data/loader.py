@@ -3,6 +3,7 @@
 Position p of the endless sequence of epochs is sample ``train_ids[permutation(key of epoch p // n, p % n)]``. Step s
 holds positions s * global_batch and on, so batches run on across epochs and nothing is dropped, saved or shuffled.
 A bad sample is replaced by one that its draw id selects; the draw id stays, so every other draw of the run does too.
+Where sizes are mixed, ``buckets.Schedule`` says which samples a step has, and substitutes are of the same bucket.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ ALWAYS_ALLOWED = 10  # bad samples that never stop a run
 ORDER_CHUNK = 2**14  # positions looked up at once: a permutation costs milliseconds however few it maps
 READ_CHUNK = 8  # samples read at once; a bad one makes its chunk be read again one by one
 WORKER_TIMEOUT_S = 600
+
+Share = tuple[int, Tensor]
+"""Which part of the data set a step is of (0, but for mixed sizes), and the draw ids (B,) of this rank's samples."""
 
 
 def batches(
@@ -52,8 +56,12 @@ def batches(
     if global_batch < 1 or global_batch % num:
         raise ValueError(f"a global batch of {global_batch} cannot be cut into {num} equal parts")
     assert 0 <= rank < num and 0 <= start, (part, start)
-    shares = order(dataset.train_ids, key, global_batch, start, stop, part)
-    return _batches(dataset, key, shares, workers, flip, bad_budget, on_bad)
+    if hasattr(dataset, "schedule"):  # samples of mixed sizes (odit/data/buckets.py), each batch of one of the parts
+        parts, shares = dataset.parts, dataset.schedule(key, global_batch).order(start, stop, part)
+    else:
+        parts = [dataset]
+        shares = ((0, ids_B) for ids_B in order(dataset.train_ids, key, global_batch, start, stop, part))
+    return _batches(parts, key, shares, workers, flip, bad_budget, on_bad)
 
 
 def order(
@@ -129,10 +137,14 @@ def _read_one(dataset: Dataset, key: random.Key, draw_id: int, bad: list) -> tup
     return None
 
 
-def _batches(dataset, key, shares, workers, flip, bad_budget, on_bad) -> Iterator[Batch]:
+def _read_of(parts: list[Dataset], key: random.Key, share: Share) -> Reading:
+    return read_share(parts[share[0]], key, share[1])
+
+
+def _batches(parts, key, shares, workers, flip, bad_budget, on_bad) -> Iterator[Batch]:
     bad: dict[str, str] = {}
-    num_read = 0
-    read = functools.partial(read_share, dataset, key)
+    num_read, num_train = 0, sum(len(part.train_ids) for part in parts)
+    read = functools.partial(_read_of, parts, key)
     for reading in map(read, shares) if workers == 0 else _read_ahead(read, shares, workers):
         for path, reason in reading.bad:
             if path not in bad:
@@ -140,14 +152,20 @@ def _batches(dataset, key, shares, workers, flip, bad_budget, on_bad) -> Iterato
                 if on_bad is not None:
                     on_bad(path, reason)
         # Distinct bad samples against distinct samples: a damaged file does not count anew in each epoch.
-        num_read = min(num_read + len(reading.ids_B), len(dataset.train_ids))
-        if reading.samples is None or len(bad) > max(ALWAYS_ALLOWED, bad_budget * num_read):
-            raise DataError(_over_budget(bad, num_read, bad_budget))
+        num_read = min(num_read + len(reading.ids_B), num_train)
+        if reading.samples is None or over_budget(len(bad), num_read, bad_budget):
+            raise DataError(list_bad(bad, num_read, bad_budget))
         x, y = reading.samples
         yield Batch(reading.ids_B, mirror(x, key, reading.ids_B) if flip else x, y)
 
 
-def _over_budget(bad: dict[str, str], num_read: int, bad_budget: float) -> str:
+def over_budget(num_bad: int, num_read: int, bad_budget: float) -> bool:
+    """Whether so many bad samples end a run."""
+    return num_bad > max(ALWAYS_ALLOWED, bad_budget * num_read)
+
+
+def list_bad(bad: dict[str, str], num_read: int, bad_budget: float) -> str:
+    """Says that there are too many, and lists them by path with the reason."""
     files = "\n".join(f"  {path}: {reason}" for path, reason in bad.items())
     return (
         f"{len(bad)} bad samples among {num_read} read, data.bad_budget is {bad_budget} "
@@ -156,16 +174,16 @@ def _over_budget(bad: dict[str, str], num_read: int, bad_budget: float) -> str:
 
 
 class _Shares(torch.utils.data.Dataset):
-    """Lets a DataLoader's workers call ``read``: the index is a share's draw ids."""
+    """Lets a DataLoader's workers call ``read``: the index is a share."""
 
-    def __init__(self, read: Callable[[Tensor], Reading]):
+    def __init__(self, read: Callable[[Share], Reading]):
         self.read = read
 
-    def __getitem__(self, ids_B: Tensor) -> Reading:
-        return self.read(ids_B)
+    def __getitem__(self, share: Share) -> Reading:
+        return self.read(share)
 
 
-def _read_ahead(read: Callable[[Tensor], Reading], shares: Iterable[Tensor], workers: int) -> Iterator[Reading]:
+def _read_ahead(read: Callable[[Share], Reading], shares: Iterable[Share], workers: int) -> Iterator[Reading]:
     # spawn: a fork after CUDA or gloo threads have started is not safe.
     loader = torch.utils.data.DataLoader(
         _Shares(read),

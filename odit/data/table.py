@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import json
@@ -79,6 +80,12 @@ class Table:
         if self.tokenize is None:
             return x, self.y_N[rows]
         return x, self.tokenize(choose_captions([self.captions[row] for row in rows], key, ids_B))
+
+    def at(self, size: tuple[int, ...]) -> Table:
+        """The same samples at another size."""
+        other = copy.copy(self)
+        other.size, other.shape = tuple(size), (3, *size)
+        return other
 
     def sizes(self) -> Tensor:
         """Looks at all headers, once: int64 (N, 3) of frames, height and width, zeros for what cannot be read."""

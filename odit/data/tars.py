@@ -8,6 +8,7 @@ sample is read by its offset: the keyed order, exact resume and replaced samples
 
 from __future__ import annotations
 
+import copy
 import glob
 import hashlib
 import json
@@ -83,6 +84,12 @@ class Tars:
         if self.tokenize is None:
             return x, self.y_N[rows]
         return x, self.tokenize(choose_captions([self._captions(self.samples[row]) for row in rows], key, ids_B))
+
+    def at(self, size: tuple[int, ...]) -> Tars:
+        """The same samples at another size."""
+        other = copy.copy(self)
+        other.size, other.shape = tuple(size), (3, *size)
+        return other
 
     def sizes(self) -> Tensor:
         """Looks at all headers, once: int64 (N, 3) of frames, height and width, zeros for what cannot be read."""
