@@ -224,7 +224,7 @@ class Bucketed:
         if not self.num[1]:
             return lines
         left_out = self.num[1] - len(self.held_out_ids)
-        told = f"; {left_out:,} held-out ones have no bucket and are left out" if left_out else ""
+        told = f"; {_count(left_out, 'held-out sample')} without a bucket left out" if left_out else ""
         return [*lines, f"validation: {_count(len(self.held_out_ids), 'sample')}, bucket by bucket{told}"]
 
 
