@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from odit import checkpoint, checks, config, health, media, plan, random, record, sample, tree
+from odit.encoders import config as frozen
 from odit.health import CheckpointError
 from odit.models.config import Shape
 from odit.parallel import mesh as meshes
@@ -74,6 +75,8 @@ class Sample:
     """How ranks share a picture's tokens."""
     compile: bool = False
     """Compiles the blocks."""
+    encoders: frozen.Config = field(default_factory=frozen.Config)
+    """Where the run's encoders are now; what is not given is the run's own."""
     tensors: Path | None = None
     """Also writes the raw samples (N, C, H, W) fp32 to this safetensors file."""
 
@@ -91,6 +94,7 @@ def main(args: Sample) -> None:
         mesh = meshes.make_mesh(world, rank, **checks.axes(run, world))
         meshes.warm_up(mesh)
         composed = plan.compose(run, shape, mesh)
+        check_encoders(args, composed)
         if rank == 0 and composed.notes:
             print(*composed.notes, sep="\n")
         shown, conditions = choose(args, composed)
@@ -128,6 +132,7 @@ def read_run(args: Sample, world: int) -> tuple[config.Run, Shape]:
     )
     run = dataclasses.replace(
         run,
+        encoders=override(run, args.encoders, shape),
         global_batch=world,  # nothing is trained here: a batch that any number of ranks divides
         precision=args.precision or run.precision,
         device=args.device,
@@ -138,8 +143,35 @@ def read_run(args: Sample, world: int) -> tuple[config.Run, Shape]:
     return run, shape
 
 
+def override(run: config.Run, given: frozen.Config, shape: Shape) -> frozen.Config:
+    """The run's encoders with what a command line says of them, in the dtype in which they served."""
+    told = {f.name: getattr(given, f.name) for f in dataclasses.fields(given) if getattr(given, f.name) != f.default}
+    found = dataclasses.replace(run.encoders, **told)
+    if found.text != "bytes" or found.vae != "none":
+        found = dataclasses.replace(found, precision=found.precision or run.precision)
+    return dataclasses.replace(found, text_length=shape.text_length or found.text_length)
+
+
+def check_encoders(args: Sample, composed: plan.Plan) -> None:
+    """Refuses encoders that the weights were not trained with, and says what is shown without an autoencoder."""
+    told = checkpoint.read_about(args.checkpoint).get("encoders", {})
+    for name, found in composed.front.fingerprints.items():
+        if found != told.get(name, found):
+            raise CheckpointError(
+                f"encoders.{name}_path has the fingerprint {found} in {composed.run.encoders.precision}, checkpoint "
+                f"{args.checkpoint} was trained with {told[name]}: give that one, in the --encoders.precision it had"
+            )
+    if "vae" in told and composed.front.vae is None and composed.mesh.rank == 0:
+        print("no --encoders.vae and --encoders.vae-path to decode with: the first channel of latents is shown")
+
+
 def choose(args: Sample, composed: plan.Plan) -> tuple[dict[str, list], tree.Tree]:
     """What each picture shows, for people and for the model."""
+    if composed.tokenize is None and composed.shape.text_length:
+        raise ValueError(
+            "this model draws by captions as a frozen encoder gives them, and it was trained from latents without one: "
+            "give --encoders.text and --encoders.text-path"
+        )
     if composed.tokenize is None:
         if args.prompt or args.prompts:
             raise ValueError("prompt is given but this model has no captions: use --label, or leave it out")
@@ -193,7 +225,7 @@ def write(args: Sample, composed: plan.Plan, shown: dict[str, list], pictures) -
         from safetensors.torch import save_file
 
         labels = {"labels": torch.tensor(shown["labels"])} if "labels" in shown else {}
-        save_file({"samples": pictures, **labels}, args.tensors)
+        save_file({"samples": pictures.contiguous(), **labels}, args.tensors)
 
 
 def cli() -> None:

@@ -150,7 +150,7 @@ def loop(composed, dataset, state, key, recorder, stop, watch) -> train.TrainSta
         start=state.step,
         stop=stop,
         workers=run.data.workers,
-        flip=run.data.flip,
+        flip=run.data.flip and composed.front.cache is None,  # latents mirror themselves
         bad_budget=run.data.bad_budget,
         on_bad=on_bad,
         part=(composed.mesh.dp.rank, composed.mesh.dp.size),

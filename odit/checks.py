@@ -9,6 +9,7 @@ import torch
 
 from odit import data, diffusion, finetune, models, optim
 from odit.config import Run, Sampling
+from odit.data import latents
 from odit.diffusion import solvers
 from odit.diffusion.flow import Flow
 from odit.encoders import config as encoders
@@ -35,10 +36,10 @@ def check(run: Run, shape: Shape | None = None, world: int = 1) -> None:
     _check_finetune(run)
     objective = diffusion.build(run.diffusion)
     encoders.check(run.encoders)
-    _check_encoders(run)
     _check_pairs(run, shape)
     if shape is None and (shape := expected_shape(run)) is not None:
         check_buckets(run, shape, data.bucket_sizes(run.data), world)
+    _check_encoders(run, shape)
     if shape is not None:
         model_config.check(run.model, shape)
         _check_sequence(run, shape, sp, world)
@@ -264,24 +265,31 @@ def pick_device(name: str) -> torch.device:
 
 
 def expected_shape(run: Run) -> Shape | None:
-    """The shape as far as the config tells it, without opening anything; a folder's classes are not known yet.
+    """The shape as far as the config tells it, or a cache's index; a folder's classes are not known yet.
 
-    None where an encoder decides, or a cache of what one made.
+    None where an encoder decides. Raises DataError for a cache that cannot be read.
     """
     cfg, outputs = run.data, 2 if run.diffusion.learned_variance else 1
-    if run.encoders.vae != "none" or cfg.source == "latents":
+    if cfg.source == "latents":
+        assert cfg.path is not None  # data.check saw to it
+        index = latents.read_index(cfg.path)
+        channels, *size = index["sample"]
+        return Shape(channels, tuple(size), index["num_classes"], outputs, *latents.text_size(index))
+    if run.encoders.vae != "none":
         return None
     channels, size, num_classes = data.expected(cfg)
     return Shape(channels, size, num_classes, outputs, run.encoders.text_length if data.has_captions(cfg) else 0)
 
 
-def _check_encoders(run: Run) -> None:
+def _check_encoders(run: Run, shape: Shape | None) -> None:
     """Encoders that nothing would use are refused."""
-    if run.encoders.text != "bytes" and not data.has_captions(run.data):
+    cached = run.data.source == "latents"  # the data need not be there any more when its model draws
+    captions = shape is not None and shape.text_length > 0 if cached else data.has_captions(run.data)
+    if run.encoders.text != "bytes" and not captions:
         raise ValueError(
             f"encoders.text is {run.encoders.text} but data.source {run.data.source} has no captions: leave it out"
         )
-    if run.encoders.vae != "none" and data.expected(run.data)[0] != 3:
+    if run.encoders.vae != "none" and not cached and data.expected(run.data)[0] != 3:
         raise ValueError(
             f"encoders.vae {run.encoders.vae} reads pictures of 3 channels and data.source {run.data.source} has "
             f"{data.expected(run.data)[0]}: leave it out"

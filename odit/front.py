@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -30,6 +30,10 @@ class Cache(Protocol):
     """Features of the empty caption, (1, ...)."""
     encoders: dict[str, str]
     """Fingerprints of the encoders that wrote it."""
+    precision: str
+    """In which they ran."""
+    text_size: tuple[int, int]
+    """(S, E), as of a front."""
 
     def scaled(self, sample: Tensor) -> Tensor:
         """What a model sees of latents."""
@@ -52,18 +56,24 @@ class Front:
     @property
     def text_size(self) -> tuple[int, int]:
         """(S, E): tokens of a caption and their width as the model gets them, 0 where it reads bytes itself."""
+        if self.cache is not None:
+            return self.cache.text_size
         if self.tokenize is None:
             return 0, 0
         return self.tokenize.length, 0 if self.text is None else self.text.width  # type: ignore
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the frozen encoders, by their kind's name."""
+        """Of the frozen encoders, by their kind's name; with a cache of those that wrote it."""
+        if self.cache is not None:
+            return self.cache.encoders
         found = {"text": self.text, "vae": self.vae}
         return {name: encoder.fingerprint for name, encoder in found.items() if encoder is not None}
 
     def sample_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The model's shape of a sample that data has as (C, [T,] H, W); raises ValueError where sizes do not fit."""
+        if self.cache is not None:
+            return (shape[0] // 2, *shape[1:])  # a cache has means and log-variances
         return shape if self.vae is None else self.vae.latent_shape(shape)
 
     def latents(self, x: Tensor, ids_B: Tensor, key: random.Key) -> Tensor:
@@ -103,7 +113,9 @@ def load(run: Run, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Fron
     """Loads what a run's encoders name; raises ValueError for what cannot be read or used."""
     cfg = run.encoders
     if cfg.text == "bytes":
-        front = Front(Bytes(cfg.text_length) if data.has_captions(run.data) else None)
+        # what captions of a cache are, its shape tells (plan.compose)
+        reads = run.data.source != "latents" and data.has_captions(run.data)
+        front = Front(Bytes(cfg.text_length) if reads else None)
     else:
         assert cfg.text_path is not None  # checks saw to it
         encoder = texts.load(cfg.text, cfg.text_path, cfg.text_length, dtype)
@@ -114,6 +126,25 @@ def load(run: Run, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Fron
     vae = vaes.load(cfg.vae, cfg.vae_path, dtype)
     weights = _stored(vae.frozen.take(), run, mesh, device)
     return Front(front.tokenize, front.text, front.text_weights, vae, weights)
+
+
+def cached(front: Front, cache: Cache) -> Front:
+    """A front for data that was encoded before; raises ValueError for an encoder that is not the one that wrote it."""
+    for name, found in front.fingerprints.items():
+        wrote = cache.encoders.get(name)
+        if wrote is None:
+            raise ValueError(f"encoders.{name} is given but the latents of data.path have none: leave it out")
+        if found != wrote:
+            raise ValueError(
+                f"encoders.{name}_path has the fingerprint {found}, the latents of data.path were written with {wrote} "
+                f"in {cache.precision}: give that one (--encoders.precision {cache.precision}), or leave it out"
+            )
+    if front.tokenize is not None and (length := front.text_size[0]) != cache.text_size[0]:
+        raise ValueError(
+            f"encoders.text_length is {length} but the captions of data.path have {cache.text_size[0]} tokens: use "
+            f"--encoders.text-length {cache.text_size[0]}"
+        )
+    return replace(front, cache=cache)
 
 
 def _stored(weights: dict[str, Tensor], run: Run, mesh: Mesh, device: torch.device) -> Stored:

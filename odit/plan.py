@@ -16,6 +16,7 @@ from odit import checks, compiling, data, diffusion, finetune, models, tree
 from odit import front as fronts
 from odit.config import Parallel, Run
 from odit.data import buckets
+from odit.data.latents import Latents
 from odit.diffusion.flow import Flow
 from odit.front import Front
 from odit.models.config import Config, Shape, Size
@@ -153,6 +154,8 @@ def _pinned(x: torch.Tensor) -> torch.Tensor:
 def make(run: Run, dataset: data.Dataset, mesh: Mesh | None = None, front: Front | None = None) -> Plan:
     """Composes the plan of a run on this data; checks first."""
     front = front or load_front(run, mesh)
+    if isinstance(dataset, Latents):
+        front = fronts.cached(front, dataset)
     sizes = bucket_sizes(run, front)
     shape = shape_of(run, dataset, front)
     checks.check_buckets(run, shape, sizes, (mesh or single()).world)
@@ -171,8 +174,9 @@ def make(run: Run, dataset: data.Dataset, mesh: Mesh | None = None, front: Front
 
 
 def load_front(run: Run, mesh: Mesh | None = None) -> Front:
-    """Loads the encoders that a run names, in its dtype, on its device."""
-    return fronts.load(run, mesh or single(), checks.pick_device(run.device), DTYPES[run.precision])
+    """Loads the encoders that a run names, in their dtype, on its device."""
+    dtype = DTYPES[run.encoders.precision or run.precision]
+    return fronts.load(run, mesh or single(), checks.pick_device(run.device), dtype)
 
 
 def compose(run: Run, shape: Shape, mesh: Mesh | None = None, front: Front | None = None) -> Plan:
@@ -197,6 +201,9 @@ def compose(run: Run, shape: Shape, mesh: Mesh | None = None, front: Front | Non
     elif run.kernels == "auto":
         notes.append("kernels: reference (auto on a CPU)")
     name, told = _strategy(run, shape, mesh, device)
+    front = front or load_front(run, mesh)
+    if front.tokenize is None and shape.text_length and not shape.text_width:  # a cache of captions as bytes
+        front = replace(front, tokenize=Bytes(shape.text_length))
     obstacle = compiling.obstacle(device, compiling.BACKEND) if run.compile else None
     if run.compile:
         notes.append(f"compile: none ({obstacle})" if obstacle else f"compile: blocks, by {compiling.BACKEND}")
@@ -215,7 +222,7 @@ def compose(run: Run, shape: Shape, mesh: Mesh | None = None, front: Front | Non
         notes=(*notes, *told),
         claimed=_claimed(name, run.model, mesh.sp.size),
         compiled=run.compile and obstacle is None,
-        front=front or load_front(run, mesh),
+        front=front,
     )
 
 

@@ -94,7 +94,7 @@ def in_halves(axis: Axis) -> Callable:
 
 def previews(plan: Plan, dataset: Dataset, num: int, columns: int) -> tree.Tree:
     """The conditions of the ``num`` pictures that a run shows: a class a column, or captions of its data."""
-    if plan.tokenize is None:
+    if not plan.shape.text_length:
         return spread_labels(num, min(plan.shape.num_classes, columns))
     if hasattr(dataset, "prompts"):
         return plan.tokenize(dataset.prompts(num)[0])

@@ -13,7 +13,7 @@ from odit.data.dataset import BadSample, Batch, DataError, Dataset
 
 __all__ = ["BadSample", "Batch", "Config", "DataError", "Dataset", "check", "expected", "has_captions", "open_dataset"]
 
-Source = Literal["digits", "digits-text", "moving-digits", "folder", "table", "tars", "synthetic"]
+Source = Literal["digits", "digits-text", "moving-digits", "folder", "table", "tars", "latents", "synthetic"]
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,11 @@ class Config:
     source: Source = "digits"
     """digits, digits-text, moving-digits: scikit-learn's digits, with classes, with captions, as clips with captions;
     folder: pictures, a sub-folder a class; table: CSV, JSONL, parquet or Hugging Face rows of path and caption; tars:
-    webdataset shards; synthetic: random latents to measure speed with."""
+    webdataset shards; latents: what experiments/encode.py made of one of these; synthetic: random latents to measure
+    speed with."""
     path: Path | None = None
-    """Folder of pictures (a sub-folder a class, or flat for no classes), table, or shards such as 'a/{00..09}.tar'."""
+    """Folder of pictures (a sub-folder a class, or flat for no classes), table, shards such as 'a/{00..09}.tar', or
+    folder of latents."""
     image_size: int | None = None
     """Height, and width unless that is given; 32 for synthetic latents and 16 for moving-digits unless given."""
     image_width: int | None = None
@@ -46,7 +48,7 @@ class Config:
     num_classes: int | None = None
     """Number of classes, 1000 unless given, 0 for none (synthetic only)."""
     flip: bool = False
-    """Mirrors half of the samples, left to right."""
+    """Mirrors half of the samples, left to right; latents only where both images were encoded."""
     held_out: float = 0.1
     """Fraction of the samples kept for validation."""
     workers: int = 0
@@ -64,6 +66,7 @@ USED = {
     "folder": SIZED,
     "table": [*SIZED, "frames", "interval", "caption", "label"],
     "tars": [*SIZED, "frames", "interval", "label"],
+    "latents": ["path"],
     "synthetic": ["image_size", "image_width", "frames", "channels", "num_classes"],
 }
 
@@ -85,10 +88,15 @@ def check(cfg: Config) -> None:
     if cfg.buckets:
         _check_buckets(cfg)
     if "path" in USED[cfg.source]:
-        what = {"folder": "folder of pictures", "table": "table's file", "tars": "shards"}[cfg.source]
+        what = {
+            "folder": "folder of pictures",
+            "table": "table's file",
+            "tars": "shards",
+            "latents": "folder that experiments/encode.py wrote",
+        }[cfg.source]
         if cfg.path is None:
             raise ValueError(f"data.path is not given but data.source is {cfg.source}: give the {what}")
-        if cfg.image_size is None and not cfg.buckets:
+        if cfg.image_size is None and "image_size" in USED[cfg.source] and not cfg.buckets:
             raise ValueError(
                 f"data.image_size is not given but data.source is {cfg.source}: give a side in pixels such as 256"
             )
@@ -146,12 +154,18 @@ def _check_digits(cfg: Config) -> None:
 
 
 def has_captions(cfg: Config) -> bool:
-    """Whether samples come with captions."""
+    """Whether samples come with captions; looks into the index of latents."""
+    if cfg.source == "latents":
+        from odit.data import latents
+
+        assert cfg.path is not None
+        return latents.text_size(latents.read_index(cfg.path))[0] > 0
     return cfg.source in ("digits-text", "moving-digits") or (cfg.source in ("table", "tars") and cfg.label is None)
 
 
 def expected(cfg: Config) -> tuple[int, tuple[int, ...], int]:
     """(channels, size, classes) as far as the settings tell them: a folder's classes are not known yet, hence 0."""
+    assert cfg.source != "latents", "their index tells"
     if cfg.source in ("digits", "digits-text"):
         return 1, (8, 8), 10 if cfg.source == "digits" else 0
     default = {"moving-digits": 16, "synthetic": 32}.get(cfg.source, 0)
@@ -171,7 +185,7 @@ def open_dataset(cfg: Config, tokenize: Callable[[list[str]], dict[str, Any]] | 
     """Opens the dataset that ``cfg`` names; raises ValueError as ``check``, DataError where there is nothing to read.
 
     Args:
-        tokenize: turns captions into tensors with B first; for data that has some.
+        tokenize: turns captions into tensors with B first; for data that has some (latents have theirs encoded).
     """
     check(cfg)
     dataset = _open(cfg, tokenize)
@@ -182,6 +196,11 @@ def open_dataset(cfg: Config, tokenize: Callable[[list[str]], dict[str, Any]] | 
 
 
 def _open(cfg: Config, tokenize: Callable[[list[str]], dict[str, Any]] | None) -> Dataset:
+    if cfg.source == "latents":
+        from odit.data.latents import Latents
+
+        assert cfg.path is not None  # check saw to it
+        return Latents(cfg.path, cfg.held_out, cfg.flip)
     assert (tokenize is not None) == has_captions(cfg), "captions and what reads them come together"
     channels, size, num_classes = expected(cfg)
     if cfg.source == "digits":

@@ -96,8 +96,12 @@ def substitute(train_ids: Tensor, key: random.Key, draw_id: int, attempt: int) -
 
 def mirror(x: Tensor, key: random.Key, ids_B: Tensor) -> Tensor:
     """Mirrors half of the samples left to right, chosen by draw id."""
-    chosen_B = random.uniform(random.fold_in(key, "flip"), (), ids_B) < 0.5
-    return torch.where(chosen_B.reshape(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+    return torch.where(mirrored(key, ids_B).reshape(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+
+
+def mirrored(key: random.Key, ids_B: Tensor) -> Tensor:
+    """Chooses the half (B,) bool of the samples that are mirrored."""
+    return random.uniform(random.fold_in(key, "flip"), (), ids_B) < 0.5
 
 
 class Reading(NamedTuple):
@@ -145,7 +149,7 @@ def _batches(parts, key, shares, workers, flip, bad_budget, on_bad) -> Iterator[
     bad: dict[str, str] = {}
     num_read, num_train = 0, sum(len(part.train_ids) for part in parts)
     read = functools.partial(_read_of, parts, key)
-    for reading in map(read, shares) if workers == 0 else _read_ahead(read, shares, workers):
+    for reading in map(read, shares) if workers == 0 else read_ahead(read, shares, workers):
         for path, reason in reading.bad:
             if path not in bad:
                 bad[path] = reason
@@ -176,14 +180,15 @@ def list_bad(bad: dict[str, str], num_read: int, bad_budget: float) -> str:
 class _Shares(torch.utils.data.Dataset):
     """Lets a DataLoader's workers call ``read``: the index is a share."""
 
-    def __init__(self, read: Callable[[Share], Reading]):
+    def __init__(self, read: Callable[[Any], Any]):
         self.read = read
 
-    def __getitem__(self, share: Share) -> Reading:
+    def __getitem__(self, share: Any) -> Any:
         return self.read(share)
 
 
-def _read_ahead(read: Callable[[Share], Reading], shares: Iterable[Share], workers: int) -> Iterator[Reading]:
+def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) -> Iterator[Any]:
+    """Yields what ``read``, picklable, makes of each share, in their order, by processes that run ahead."""
     # spawn: a fork after CUDA or gloo threads have started is not safe.
     loader = torch.utils.data.DataLoader(
         _Shares(read),

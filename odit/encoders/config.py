@@ -24,6 +24,8 @@ class Config:
     place: Literal["device", "host", "shard"] = "device"
     """Where frozen weights wait: on the device, in host memory, or a share on each rank; the last two fetch them for
     each use."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Dtype of frozen encoders; the run's own unless given."""
 
 
 def check(cfg: Config) -> None:
@@ -41,3 +43,5 @@ def check(cfg: Config) -> None:
         raise ValueError(f"encoders.text_length is {cfg.text_length}: use 2 or more")
     if cfg.place != "device" and cfg.vae == "none" and cfg.text == "bytes":
         raise ValueError(f"encoders.place is {cfg.place} but nothing is frozen: use device, or give an encoder")
+    if cfg.precision is not None and cfg.vae == "none" and cfg.text == "bytes":
+        raise ValueError(f"encoders.precision is {cfg.precision} but nothing is frozen: leave it out")
