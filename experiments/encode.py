@@ -2,7 +2,7 @@
 
     python experiments/encode.py --data.source table --data.path cats.csv --data.image-size 256 \\
         --encoders.vae kl --encoders.vae-path VAE --encoders.text t5 --encoders.text-path T5 --out cats-latents
-    python experiments/train.py captions --data.source latents --data.path cats-latents --data.image-size None
+    python experiments/train.py latents --data.path cats-latents
 
 Under torchrun the ranks write a share of the files each, the same to the bit. Run again after a stop it writes what is
 missing. What chance decides in reading, where in a film a clip starts and which of several captions is used, is what

@@ -218,6 +218,15 @@ def _captions() -> Run:
     )
 
 
+def _latents() -> Run:
+    """What was encoded before, captions or classes."""
+    return dataclasses.replace(
+        _folder(),
+        out=Path("runs/latents"),
+        data=data.Config(source="latents", held_out=0.05, workers=2),
+    )
+
+
 def _clips() -> Run:
     """A table of clips and captions."""
     return dataclasses.replace(
@@ -279,6 +288,7 @@ def presets() -> dict[str, tuple[str, Run]]:
         "folder": ("Your folder of pictures (one sub-folder a class, or flat).", _folder()),
         "captions": ("Your pictures with captions (CSV, JSONL, parquet, Hugging Face data sets).", _captions()),
         "clips": ("Your clips with captions, by Latte.", _clips()),
+        "latents": ("What experiments/encode.py made of your pictures or clips.", _latents()),
         **sizes,
         **videos,
         "dit-3b-2": ("A DiT of 3 billion parameters that trains on one GPU of 24 GiB.", _three_billion()),

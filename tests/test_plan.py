@@ -166,6 +166,8 @@ def test_degrees():
 
 def test_every_preset_passes_its_checks():
     for name, (_, run) in config.presets().items():
+        if name == "latents":
+            continue  # needs an index to look into: tests/test_latents.py
         if name in ("folder", "captions", "clips"):
             run = dataclasses.replace(run, data=dataclasses.replace(run.data, path="pictures"))
         checks.check(run)
