@@ -17,6 +17,7 @@ from odit import front as fronts
 from odit.config import Parallel, Run
 from odit.data import buckets
 from odit.data.latents import Latents
+from odit.data.tokens import Bytes
 from odit.diffusion.flow import Flow
 from odit.front import Front
 from odit.models.config import Config, Shape, Size
