@@ -120,6 +120,11 @@ def check(args: Encode) -> None:
     for name in ("batch", "shard_size", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}: use 1 or more")
+    if args.data.buckets:
+        raise ValueError(
+            f"data.buckets is {' '.join(args.data.buckets)} but files of latents hold one size: leave it out and give "
+            "--data.image-size"
+        )
     if args.data.source == "latents" or data.expected(args.data)[0] != 3:
         raise ValueError(f"data.source is {args.data.source}, which has no pictures of 3 channels: give data that has")
     if args.encoders.vae == "none":

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from odit import checkpoint, checks, config, data, evaluate, health, plan, record, sample
 from odit.health import CheckpointError
+from odit.models.config import Shape
 from odit.parallel import mesh as meshes
 
 
@@ -57,24 +58,21 @@ def main(args: Evaluate) -> None:
         raise ValueError(f"num is {args.num}: a Frechet distance needs more samples, use 20 or more (1000 is usual)")
     if not args.checkpoint.exists():
         raise CheckpointError(f"checkpoint {args.checkpoint} does not exist")
-    run = config.from_json(config.Run, checkpoint.read_about(args.checkpoint)["config"])
+    about = checkpoint.read_about(args.checkpoint)
+    run = config.from_json(config.Run, about["config"])
     if run.data.source not in evaluate.JUDGES:
         raise ValueError(
             f"checkpoint {args.checkpoint} was trained on data.source {run.data.source}: only digits have a judge"
         )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work
-    front = plan.load_front(run)
-    dataset = data.open_dataset(run.data, front.tokenize)
-    if not len(dataset.held_out_ids):
-        raise ValueError(f"checkpoint {args.checkpoint} held no digits out, so nothing tells how good a judge is")
     rank, world, _ = meshes.start(checks.pick_device(args.device))
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
         health.same_everywhere(meshes.store(), rank, world, "command line", config.to_json(args))
         told = sample.override(
             run.sampling,
-            plan.shape_of(run, dataset, front).conditional,
+            Shape(**about["shape"]).conditional,
             solver=args.solver,
             steps=args.steps,
             scale=args.guidance,
@@ -88,7 +86,11 @@ def main(args: Evaluate) -> None:
         )
         mesh = meshes.make_mesh(world, rank, **checks.axes(run, world))
         meshes.warm_up(mesh)
-        composed = plan.make(run, dataset, mesh)
+        front = plan.load_front(run, mesh)
+        dataset = data.open_dataset(run.data, front.tokenize)
+        if not len(dataset.held_out_ids):
+            raise ValueError(f"checkpoint {args.checkpoint} held no digits out, so nothing tells how good a judge is")
+        composed = plan.make(run, dataset, mesh, front)
         if rank == 0 and composed.notes:
             print(*composed.notes, sep="\n")
         params = checkpoint.load_weights(args.checkpoint, composed, args.weights)

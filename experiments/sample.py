@@ -156,7 +156,11 @@ def check_encoders(args: Sample, composed: plan.Plan) -> None:
     """Refuses encoders that the weights were not trained with, and says what is shown without an autoencoder."""
     told = checkpoint.read_about(args.checkpoint).get("encoders", {})
     for name, found in composed.front.fingerprints.items():
-        if found != told.get(name, found):
+        if name not in told:
+            raise CheckpointError(
+                f"encoders.{name} is given but checkpoint {args.checkpoint} was trained without one: leave it out"
+            )
+        if found != told[name]:
             raise CheckpointError(
                 f"encoders.{name}_path has the fingerprint {found} in {composed.run.encoders.precision}, checkpoint "
                 f"{args.checkpoint} was trained with {told[name]}: give that one, in the --encoders.precision it had"

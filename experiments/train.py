@@ -54,7 +54,8 @@ def main(run: config.Run) -> None:
             stack.enter_context(record.Lock(run.out))
         front = plan.load_front(run, mesh)
         dataset = data.open_dataset(run.data, front.tokenize)
-        health.same_everywhere(meshes.store(), rank, world, "data", {"data": identity(dataset)})
+        told = {"data": identity(dataset), "encoders": front.fingerprints}
+        health.same_everywhere(meshes.store(), rank, world, "data", told)
         composed = plan.make(run, dataset, mesh, front)
         say(composed, plan.describe(composed))
         if composed.device.type == "cuda" and rank == 0:
@@ -132,6 +133,7 @@ def restore(composed: plan.Plan, dataset: data.Dataset) -> train.TrainState | No
 
 def fresh(composed: plan.Plan, key: random.Key) -> train.TrainState:
     """Step 0, from a draw or from ``--init-from``."""
+    finetune.check(composed.run.finetune, composed.run.init_from is not None)  # there was nothing to resume
     state = train.init_state(composed, key)
     if composed.run.init_from is None:
         return state

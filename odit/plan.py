@@ -20,6 +20,7 @@ from odit.data.latents import Latents
 from odit.data.tokens import Bytes
 from odit.diffusion.flow import Flow
 from odit.front import Front
+from odit.models import dit
 from odit.models.config import Config, Shape, Size
 from odit.ops import Ops, flash
 from odit.parallel import collectives, sequence, zero
@@ -66,7 +67,8 @@ class Plan:
     def null(self) -> tree.Tree:
         """The condition of guidance's unconditional pass, (1, ...): the null label, or the empty caption."""
         if not self.shape.text_length:
-            return torch.tensor([self.shape.num_classes], device=self.device)
+            last = dit.num_labels(self.run.model, self.shape) - 1  # without a null label, some label to stand in
+            return torch.tensor([max(0, last)], device=self.device)
         cached = self.front.cache.null if self.front.cache is not None else None
         return tree.map(lambda x: x.to(self.device), cached or self.tokenize([""]))
 
@@ -265,8 +267,8 @@ def _claimed(name: str, model: Config, sp: int) -> str:
 
 
 def alone(run: Run) -> Run:
-    """The same run on one rank, nothing compiled."""
-    return dataclasses.replace(run, parallel=Parallel(), micro_batch=None, compile=False)
+    """The same run on one rank, nothing compiled, no gradients measured."""
+    return dataclasses.replace(run, parallel=Parallel(), micro_batch=None, compile=False, grad_norms=False)
 
 
 def shape_of(run: Run, dataset: data.Dataset, front: Front) -> Shape:

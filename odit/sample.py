@@ -99,7 +99,9 @@ def previews(plan: Plan, dataset: Dataset, num: int, columns: int) -> tree.Tree:
     if hasattr(dataset, "prompts"):
         return plan.tokenize(dataset.prompts(num)[0])
     ids = dataset.held_out_ids if len(dataset.held_out_ids) else dataset.train_ids
-    found = list(itertools.islice(_conditions(dataset, ids), num))
+    # one rank reads: what another one cannot read would set those apart that draw one picture
+    found = list(itertools.islice(_conditions(dataset, ids), num)) if plan.mesh.rank == 0 else None
+    found = collectives.broadcast_object(plan.mesh.all, found)
     return tree.map(lambda *parts: torch.cat(parts), *(found[i % len(found)] for i in range(num)))
 
 

@@ -217,6 +217,13 @@ def test_refused_settings(tmp_path, case):
         plan.compose(variant(RUN, init_from=source, finetune=finetune.Config(**tuned)), SHAPE)
 
 
+def test_there_must_be_weights_where_there_is_nothing_to_resume(tiny):
+    from test_runs import train_script
+
+    with pytest.raises(ValueError, match=r"finetune.lora_rank is set but nothing is fine-tuned"):
+        train_script.main(variant(tiny, resume="latest", finetune=finetune.Config(lora_rank=2)))
+
+
 def test_settings_survive_json():
     run = variant(RUN, finetune=finetune.Config(train=("label.*", "final.*", "x"), lora_rank=3, lora_targets=("qkv",)))
     assert config.from_json(config.Run, config.to_json(run)) == run

@@ -318,6 +318,7 @@ def test_too_much_that_is_bad_ends_the_encoding(folder, tmp_path):
         ({"encoders": encoders.Config()}, "encoders.vae is none, which leaves nothing to encode"),
         ({"data": data.Config("digits")}, "data.source is digits, which has no pictures of 3 channels"),
         ({"shard_size": 0}, "shard_size is 0: use 1 or more"),
+        ({"data": data.Config("table", Path("x"), buckets=("8x8", "8x16"))}, "data.buckets is 8x8 8x16 but files"),
         ({"data": data.Config("folder", Path("x"), 8, flip=True)}, "data.flip is on.*use --mirror|captions"),
     ],
 )

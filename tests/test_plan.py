@@ -106,6 +106,10 @@ def test_wrong_settings_are_refused_in_one_sentence(changes, key, found, fix):
     assert time.perf_counter() - began < 1
 
 
+MOVING = dict(  # 4 x 4 tokens, time x space
+    data=data.Config(source="moving-digits", held_out=1 / 6),
+    model=dit.Config(arch="latte", width=96, depth=4, heads=4, patch=8, frame_patch=4),
+)
 # (changes, ranks, key, found, fix): 16 tokens, 4 heads
 WRONG_ON_RANKS = [
     (dict(parallel=Parallel(sp=3)), 4, "parallel.sp 3", "4 ranks", "use 2 or 4"),
@@ -127,6 +131,8 @@ WRONG_ON_RANKS = [
     (dict(parallel=Parallel(sp=2, ring_fp8=True)), 2, "parallel.ring_fp8", "auto", "--parallel.sequence fastseq"),
     (dict(parallel=Parallel(sp=2, ring_fp8=True, sequence="ring")), 2, "ring_fp8", "is ring", "sequence fastseq"),
     (dict(parallel=Parallel(sp=2), grad_norms=True), 2, "grad_norms", "parallel.sp 2", "--parallel.sp 1"),
+    (dict(parallel=Parallel(sp=6, sequence="dsp"), **MOVING), 6, "parallel.sp 6", "4 frames", "sp 4 or fewer"),
+    (dict(parallel=Parallel(sp=6), **MOVING), 6, "parallel.sp 6", "their 4 tokens", "sp 4 or fewer"),
 ]
 
 

@@ -200,6 +200,14 @@ def test_pictures_that_cannot_be_read_are_left_out_alike(ranks, one_rank_figures
     assert sorted(itertools.chain(*told)) == sorted(f"held-out {place}" for place in bad), "told of once, on one rank"
 
 
+def test_a_picture_that_cannot_be_read_needs_no_null_label():
+    """Something stands in for its label where the model has no row for the null label."""
+    model = dataclasses.replace(RUN.model, label_dropout=0.0)
+    dataset, sampling = Few((3,)), config.Sampling(guidance=config.Guidance(scale=1.0))
+    composed, params, _ = composed_on(single(), 0, dataset, model=model, sampling=sampling)
+    assert math.isfinite(validate.validate(composed, params, dataset)["loss"])
+
+
 @pytest.mark.parametrize("world", [2, 3], scope="session")
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_picture_that_one_rank_cannot_read_keeps_the_ranks_together(ranks, world, stage):

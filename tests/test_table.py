@@ -331,6 +331,7 @@ BAD = {
     "none.jsonl": (lambda p: text(p / "a.jsonl", '{"path": "a", "caption": []}'), "row 1 has no caption"),
     "number.jsonl": (lambda p: text(p / "a.jsonl", '{"path": "a", "caption": 7}'), "row 1 has the caption 7"),
     "numbers.jsonl": (lambda p: text(p / "a.jsonl", '{"path": "a", "caption": ["a", 7]}'), "has the caption"),
+    "half.jsonl": (lambda p: text(p / "a.jsonl", '{"path": "a", "caption": "nice \\ud83d"}'), "row 1 has the caption"),
     "text.parquet": (lambda p: text(p / "a.parquet", "path\n"), "is not parquet"),
     "null.parquet": (
         lambda p: write_parquet(p / "a.parquet", {"path": ["a", "b"], "caption": ["", None]}),
@@ -345,6 +346,14 @@ def test_tables_that_cannot_be_used(tmp_path, name):
     with pytest.raises(DataError, match=f"data.path '.*{words}") as error:
         Table(write(tmp_path), (8, 8), 0.0, tokenize)
     assert "\n" not in str(error.value)
+
+
+def test_classes_that_were_asked_for_must_be_there(tmp_path):
+    path = text(tmp_path / "a.csv", "path,class\na.png,x\nb.png,y\n")
+    found = data.open_dataset(data.Config("table", path, 8, label="class", held_out=0.0))
+    assert found.class_names == ["x", "y"]
+    with pytest.raises(DataError, match=r"data.label is 'clas' but .* holds no classes under that name"):
+        data.open_dataset(data.Config("table", path, 8, label="clas", held_out=0.0))
 
 
 def test_a_data_set_that_is_not_found(quiet, monkeypatch):

@@ -224,11 +224,18 @@ def _open(cfg: Config, tokenize: Callable[[list[str]], dict[str, Any]] | None) -
         from odit.data.table import Table
 
         columns = {"caption_column": cfg.caption or "caption", "label_column": cfg.label or "label"}
-        return Table(str(cfg.path), size, cfg.held_out, tokenize, interval=cfg.interval, **columns)
+        return _labelled(cfg, Table(str(cfg.path), size, cfg.held_out, tokenize, interval=cfg.interval, **columns))
     if cfg.source == "tars":
         from odit.data.tars import Tars
 
-        return Tars(str(cfg.path), size, cfg.held_out, tokenize, interval=cfg.interval)
+        return _labelled(cfg, Tars(str(cfg.path), size, cfg.held_out, tokenize, interval=cfg.interval))
     from odit.data.synthetic import Synthetic
 
     return Synthetic((channels, *size), num_classes, cfg.held_out)
+
+
+def _labelled(cfg: Config, dataset: Dataset) -> Dataset:
+    """The dataset, which has classes where they were asked for; raises DataError."""
+    if cfg.label is not None and not dataset.num_classes:
+        raise DataError(f"data.label is {cfg.label!r} but {str(cfg.path)!r} holds no classes under that name")
+    return dataset

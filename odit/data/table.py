@@ -112,10 +112,19 @@ def choose_captions(captions: Sequence[list[str]], key: random.Key, ids_B: Tenso
 
 
 def as_captions(found: Any) -> list[str] | None:
-    """Takes text or a list of texts as captions; None for anything else."""
+    """Takes text or a list of texts as captions; None for anything else, and for text that has no UTF-8 form."""
     found = [found] if isinstance(found, str) else found
-    right = isinstance(found, list) and found and all(isinstance(text, str) for text in found)
+    right = isinstance(found, list) and found and all(isinstance(text, str) and _is_whole(text) for text in found)
     return found if right else None
+
+
+def _is_whole(text: str) -> bool:
+    """False where a surrogate lost its other half, as where an emoji was cut."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _captions(source: str, row: int, column: str, found: Any) -> list[str]:

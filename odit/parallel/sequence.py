@@ -85,10 +85,11 @@ def check(name: str, sp: int, length: int, frames: int, ulysses: int | None, fp8
             f"parallel.sequence {name} needs a time x space model{' not' * (frames > 1)}, and a sample has "
             f"{frames} x {length // frames} tokens: use one of {', '.join(fits)}"
         )
-    if name == "dsp" and sp > min(frames, length // frames):
+    most = min(frames, length // frames)
+    if frames > 1 and sp > most:  # whatever is asked for, dsp is what a time x space model has
         raise ValueError(
             f"parallel.sp {sp} is more than the {frames} frames or their {length // frames} tokens, which dsp splits "
-            f"in turn: use --parallel.sp {min(frames, length // frames)} or fewer"
+            f"in turn: use --parallel.sp {most} or fewer"
         )
 
 
