@@ -279,15 +279,19 @@ def test_exit_codes(error, code, capsys):
     assert left.value.code == code and capsys.readouterr().err == "error: what and why\n"
 
 
-def test_help_comes_in_under_three_seconds():
+def test_help_comes_within_a_second_of_importing_torch():
     """In processor time: wall time on an idle machine, and hardly more on a busy one; the best of three is warm."""
-    command, seconds = [sys.executable, str(ROOT / "experiments" / "train.py"), "--help"], []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, capture_output=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 3
+
+    def least(*command):
+        seconds = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, *command], capture_output=True, check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return min(seconds)
+
+    assert least(str(ROOT / "experiments" / "train.py"), "--help") < 1 + least("-c", "import torch")
 
 
 def test_the_command_line():
