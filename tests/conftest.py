@@ -1,6 +1,8 @@
 """Small runs that tests share."""
 
 import dataclasses
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,13 @@ def redraw(declared, key=random.key(11), dtype=torch.float64, std=0.1):
         return noise if not drawn.any() else drawn + noise * (drawn.ndim == 1)
 
     return tree.map_with_path(leaf, declared)
+
+
+def script(name):
+    """An experiment as a module; scripts are no package."""
+    file = Path(__file__).parent.parent / "experiments" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"script_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib.util
 import pickle
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny as makers
 import torch
+from conftest import script
 from PIL import Image
 
 from odit import checkpoint, checks, config, data, plan, random, sample, train, validate
@@ -21,15 +21,6 @@ from odit.models import config as models
 
 ROOT = Path(__file__).parent.parent
 NUM = 14
-
-
-def script(name):
-    """An experiment as a module; scripts are no package."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "experiments" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 encode_script, sample_script, train_script = script("encode"), script("sample"), script("train")

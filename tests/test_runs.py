@@ -1,7 +1,6 @@
 """Whole runs through the scripts: same command, same numbers; resume, refusals and what is written."""
 
 import dataclasses
-import importlib.util
 import json
 import resource
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import script
 from safetensors.torch import load_file
 
 from odit import config, data, health, optim, record
@@ -17,15 +17,6 @@ from odit.health import CheckpointError, NumericError
 
 ROOT = Path(__file__).parent.parent
 TIMED = {"samples_per_s"}
-
-
-def script(name):
-    """An experiment as a module; scripts are no package."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "experiments" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 train_script, sample_script, evaluate_script = script("train"), script("sample"), script("evaluate")

@@ -17,7 +17,7 @@ from PIL import Image
 from test_clips import write_clip
 
 from odit import data, random
-from odit.data import BadSample, DataError, clips, decoding, loader, pictures, table, tars
+from odit.data import BadSample, DataError, clips, decoding, items, loader, pictures, table, tars
 from odit.data.table import Table
 from odit.data.tars import Tars
 
@@ -158,7 +158,7 @@ def test_one_of_several_captions_is_drawn_by_draw_id(four):
     some = [["a", "b", "c", "d"], "one", ["x", "y"], ["z"]]
     dataset = Table(write_jsonl(four / "a.jsonl", {"path": NAMES, "caption": some}), (8, 8), 0.0, tokenize)
     ids = torch.arange(400) * 2**32 + torch.arange(400) % 4
-    captions = table.choose_captions([dataset.captions[int(i) % 4] for i in ids], KEY, ids)
+    captions = items.choose_captions([dataset.captions[int(i) % 4] for i in ids], KEY, ids)
     assert all(text in (dataset.captions[int(i) % 4]) for text, i in zip(captions, ids, strict=True))
     counts = [captions[0::4].count(letter) for letter in "abcd"]
     assert sum(counts) == 100 and min(counts) > 10
@@ -166,7 +166,7 @@ def test_one_of_several_captions_is_drawn_by_draw_id(four):
     assert [says(y, i) for i in range(8)] == captions[:8]
     alone = [says(dataset.read(ids[i : i + 1], KEY)[1], 0) for i in range(8)]
     assert alone == captions[:8]  # no matter what else is in the batch
-    assert table.choose_captions([dataset.captions[int(i) % 4] for i in ids], random.key(4), ids) != captions
+    assert items.choose_captions([dataset.captions[int(i) % 4] for i in ids], random.key(4), ids) != captions
 
 
 # Clips

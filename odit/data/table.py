@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import hashlib
 import json
@@ -15,14 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from odit import random
 from odit.data import clips
-from odit.data.dataset import READ_KEY, DataError, sample_ids, split
+from odit.data.dataset import DataError
+from odit.data.items import Items
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
-class Table:
+class Table(Items):
     """The rows of a table, in its order, one sample each.
 
     With ``tokenize`` a row's y is what that makes of its caption: of one of them, drawn by draw id, where the cell is a
@@ -52,46 +51,29 @@ class Table:
                 tells clips from pictures; see ``clips.read_item`` for one among the others.
             path_column: holds paths, relative to the table's folder, or pictures themselves (data sets, parquet).
         """
-        self.source, self.size, self.shape = str(source), tuple(size), (3, *size)
-        self.interval, self.tokenize, self.decoder = interval, tokenize, clips.Decoder()
+        self.source = str(source)
         needed = [path_column, caption_column] if tokenize else [path_column]
         opened = _open(self.source, path_column, needed, label_column, subset)
         self.rows = opened.rows
         num = len(self.rows)
         if not num:
             raise DataError(f"data.path {self.source!r} has no rows")
+        super().__init__(num, size, held_out, tokenize, interval)
         self.captions: list[list[str]] = []
-        self.y_N, self.class_names = torch.zeros(num, dtype=torch.int64), []
         if tokenize:
             captions = opened.columns[caption_column]
             self.captions = [_captions(self.source, i, caption_column, found) for i, found in enumerate(captions)]
         elif label_column in opened.columns:
             labels = opened.columns[label_column]
             self.y_N, self.class_names = number_labels(labels, opened.class_names, lambda i: _row(self.source, i))
-        self.num_classes = len(self.class_names)
-        self.train_ids, self.held_out_ids = split(num, held_out)
-        self.found_sizes: Tensor | None = None
 
-    def read(self, ids: list[int] | Tensor, key: random.Key = READ_KEY) -> tuple[Tensor, Any]:
-        """Reads samples by draw id; raises BadSample for the first that cannot be read."""
-        ids_B = torch.as_tensor(ids, dtype=torch.int64)
-        rows = sample_ids(ids_B).tolist()
-        x = clips.read_items(map(self.rows.item, rows), ids_B, key, self.size, self.interval, self.decoder)
-        if self.tokenize is None:
-            return x, self.y_N[rows]
-        return x, self.tokenize(choose_captions([self.captions[row] for row in rows], key, ids_B))
+    def item(self, row: int) -> clips.Item:
+        """Says where a row's picture or clip is."""
+        return self.rows.item(row)
 
-    def at(self, size: tuple[int, ...]) -> Table:
-        """The same samples at another size."""
-        other = copy.copy(self)
-        other.size, other.shape = tuple(size), (3, *size)
-        return other
-
-    def sizes(self) -> Tensor:
-        """Looks at all headers, once: int64 (N, 3) of frames, height and width, zeros for what cannot be read."""
-        if self.found_sizes is None:
-            self.found_sizes = clips.item_sizes(len(self.rows), self.rows.item)
-        return self.found_sizes
+    def captions_of(self, row: int) -> list[str]:
+        """Captions of a row."""
+        return self.captions[row]
 
     def fingerprint(self) -> str:
         """Hashes paths, file sizes, captions or labels, and the sample's shape."""
@@ -103,12 +85,6 @@ class Table:
 
 
 # What rows say
-
-
-def choose_captions(captions: Sequence[list[str]], key: random.Key, ids_B: Tensor) -> list[str]:
-    """Chooses one caption a sample, by draw id."""
-    u_B = random.uniform(random.fold_in(key, "caption"), (), ids_B).tolist()
-    return [some[int(u * len(some))] for some, u in zip(captions, u_B, strict=True)]
 
 
 def as_captions(found: Any) -> list[str] | None:

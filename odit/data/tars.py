@@ -8,7 +8,6 @@ sample is read by its offset: the keyed order, exact resume and replaced samples
 
 from __future__ import annotations
 
-import copy
 import glob
 import hashlib
 import json
@@ -19,13 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from odit import random
 from odit.data import clips, pictures
-from odit.data.dataset import READ_KEY, BadSample, DataError, sample_ids, split
-from odit.data.table import as_captions, choose_captions, number_labels
+from odit.data.dataset import BadSample, DataError
+from odit.data.items import Items
+from odit.data.table import as_captions, number_labels
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -40,7 +36,7 @@ class Sample(NamedTuple):
     """Suffix, in lower case and with its dot -> (offset, length) in the tar."""
 
 
-class Tars:
+class Tars(Items):
     """The samples of tars.
 
     With ``tokenize`` a sample's y is what that makes of its caption: key.txt, or "caption" in key.json (text, or a list
@@ -61,41 +57,20 @@ class Tars:
 
         ``size`` and ``interval`` are as in ``odit.data.table.Table``.
         """
-        self.pattern, self.size, self.shape = str(pattern), tuple(size), (3, *size)
-        self.interval, self.tokenize, self.decoder = interval, tokenize, clips.Decoder()
+        self.pattern = str(pattern)
         self.tars = find_tars(self.pattern)
         self.samples = [Sample(i, *found) for i, tar in enumerate(self.tars) for found in list_samples(tar)]
         num = len(self.samples)
         if not num:
             raise DataError(f"data.path {self.pattern!r} holds no samples: none of its tars has a file key.suffix")
-        self.y_N, self.class_names = torch.zeros(num, dtype=torch.int64), []
+        super().__init__(num, size, held_out, tokenize, interval)
         if tokenize is None and any(".cls" in sample.members for sample in self.samples):
             labels = [self._label(sample) for sample in self.samples]
             self.y_N, self.class_names = number_labels(labels, None, lambda row: self._name(self.samples[row]))
-        self.num_classes = len(self.class_names)
-        self.train_ids, self.held_out_ids = split(num, held_out)
-        self.found_sizes: Tensor | None = None
 
-    def read(self, ids: list[int] | Tensor, key: random.Key = READ_KEY) -> tuple[Tensor, Any]:
-        """Reads samples by draw id; raises BadSample("x.tar:key", reason) for the first that cannot be read."""
-        ids_B = torch.as_tensor(ids, dtype=torch.int64)
-        rows = sample_ids(ids_B).tolist()
-        x = clips.read_items(map(self.item, rows), ids_B, key, self.size, self.interval, self.decoder)
-        if self.tokenize is None:
-            return x, self.y_N[rows]
-        return x, self.tokenize(choose_captions([self._captions(self.samples[row]) for row in rows], key, ids_B))
-
-    def at(self, size: tuple[int, ...]) -> Tars:
-        """The same samples at another size."""
-        other = copy.copy(self)
-        other.size, other.shape = tuple(size), (3, *size)
-        return other
-
-    def sizes(self) -> Tensor:
-        """Looks at all headers, once: int64 (N, 3) of frames, height and width, zeros for what cannot be read."""
-        if self.found_sizes is None:
-            self.found_sizes = clips.item_sizes(len(self.samples), self.item)
-        return self.found_sizes
+    def captions_of(self, row: int) -> list[str]:
+        """Captions of a sample; raises BadSample for a sample without one."""
+        return self._captions(self.samples[row])
 
     def fingerprint(self) -> str:
         """Hashes the keys, suffixes and places of all members, labels, and the sample's shape."""

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from odit import nn, param
+from odit.data.tokens import VOCABULARY
 from odit.models.config import Config
 from odit.ops import attend_masked, mlp, out, qkv
 from odit.param import Param
 
-VOCABULARY = 258
-"""256 bytes, a begin token before each caption, and padding."""
 NGRAMS = (2, 3, 4, 5, 6)
 BUCKETS = 8192
 PRIME = 1_000_003  # of the rolling polynomial hash, in int64 without overflow while reduced by the modulus below
