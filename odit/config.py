@@ -160,17 +160,18 @@ def _digits_text() -> Run:
 
 
 def _moving_digits() -> Run:
-    """Clips of a digit that moves as the caption says, by a time x space transformer."""
+    """Clips of a digit that moves as the caption says. A width below the 256 values of a patch would lose its shape."""
     return dataclasses.replace(
         _digits(),
         out=Path("runs/moving-digits"),
-        global_batch=48,
+        steps=1200,
         data=data.Config(source="moving-digits", held_out=1 / 6),
         encoders=encoders.Config(text_length=64),
-        model=models.Config(
-            arch="latte", width=96, depth=4, heads=4, patch=4, frame_patch=2, text="pooled", text_depth=1
+        model=models.Config(width=256, depth=4, heads=4, patch=4, frame_patch=16, text="pooled", text_depth=0),
+        diffusion=diffusion.Config(
+            objective="flow", predicts="data", times="logit-normal", time_scale=1000.0, shift=4.0
         ),
-        diffusion=diffusion.Config(objective="flow", times="logit-normal", time_scale=1000.0, shift=4.0),
+        optimizer=optim.Config(lr=2e-3, beta2=0.99, warmup=50, decay="cosine", clip=1.0, ema_decay=0.995),
     )
 
 

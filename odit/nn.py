@@ -94,8 +94,8 @@ def embed_timestep(t_B: Tensor, p: dict, freqs: Literal["dit", "diffusers"] = "d
 
 
 def embed_label(y_B: Tensor, table_VD: Tensor) -> Tensor:
-    """Looks labels up: (B, D). Plain indexing, so that every torch.func transform goes through."""
-    return table_VD[y_B]
+    """Looks labels up: (B, D)."""
+    return torch.nn.functional.embedding(y_B, table_VD)
 
 
 def adaln(c_BD: Tensor, p: dict[str, Tensor], chunks: int) -> tuple[Tensor, ...]:

@@ -1,5 +1,6 @@
 """Small runs that tests share."""
 
+import collections
 import dataclasses
 import importlib.util
 import sys
@@ -13,6 +14,17 @@ from odit import config, data, param, plan, random, tree
 from odit.models import dit
 
 torch.set_num_threads(1)  # tests are small, and two threads that wait for each other are slower than one
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked ``every(n)`` only every n-th case runs by default; the others are slow ones."""
+    seen: collections.Counter = collections.Counter()
+    for item in items:
+        if marker := item.get_closest_marker("every"):
+            if seen[item.function] % marker.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[item.function] += 1
 
 
 @pytest.fixture(scope="session")

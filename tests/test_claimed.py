@@ -200,6 +200,7 @@ CASES = [
 ]
 
 
+@pytest.mark.every(5)
 @MESHES
 @EVERY_MODEL
 @pytest.mark.parametrize("how, remat", CASES)

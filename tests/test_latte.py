@@ -248,13 +248,16 @@ def slow_cross(p, h, words, mask):
 
 
 def slow_encoder(p, ids, mask):
-    """The byte encoder on one caption: its features, and their mean over what the mask keeps."""
+    """The byte encoder on one caption: its features, and the caption's own from what the mask keeps."""
     ids, rows = ids.tolist(), []
+    read = [32 if byte == 256 else byte for byte in ids]
     for j, byte in enumerate(ids):
-        row, hashed = p["embed"][byte] + 0.02 * slow_sines(j, p["embed"].shape[1]), byte + 1
+        row, hashed = p["embed"][byte] + 0.02 * slow_sines(j, p["embed"].shape[1]), read[j] + 1
         for n in range(2, 7):  # n-grams that end here, before a caption zeros
-            hashed = (hashed * 1_000_003 + (ids[j - n + 1] + 1 if j - n + 1 >= 0 else 0)) % (2**31 - 1)
-            row = row + p["ngrams"][hashed % 8192]
+            first = j - n + 1
+            hashed = (hashed * 1_000_003 + (read[first] + 1 if first >= 0 else 0)) % (2**31 - 1)
+            if 32 not in read[max(0, first + 1) : j]:  # a word and the blanks around it
+                row = row + p["ngrams"][hashed % 8192]
         rows.append(row)
     h = torch.stack(rows)
 
@@ -268,8 +271,7 @@ def slow_encoder(p, ids, mask):
         h = h + torch.einsum("nhk,dhk->nd", o, layer["out"]["w"]) + layer["out"]["b"]
         mlp = layer["mlp"]
         h = h + slow_dense(slow_gelu(slow_dense(norm(h, layer["norm2"]), mlp["fc1"])), mlp["fc2"])
-    h = norm(h, p["norm"])
-    return h, h[mask].mean(0)
+    return norm(h, p["norm"]), norm(h[mask].mean(0), p["norm"])
 
 
 def slow_condition(params, t, y, cfg):

@@ -66,7 +66,7 @@ def test_clips_are_digits_pasted_frame_by_frame(frames, size):
     dataset = make(frames, size)
     ids = dataset.train_ids[torch.arange(0, len(dataset.train_ids), 397)] + 2 * EPOCH
     x, y = dataset.read(ids, KEY)
-    corners = dataset.corners(ids, KEY)
+    corners = dataset.corners(ids)
     expected, pictures = torch.full((len(ids), 1, frames, size, size), -1.0), Digits(0.1).x_NCHW
     for b, draw_id in enumerate(ids.tolist()):
         picture = pictures[draw_id % EPOCH // 8, 0]
@@ -83,36 +83,22 @@ def test_clips_are_digits_pasted_frame_by_frame(frames, size):
 def test_digits_move_evenly_all_the_way_in_their_direction(frames, size):
     dataset = make(frames, size)
     ids = torch.arange(1500) + EPOCH
-    corners, room = dataset.corners(ids, KEY), size - 8
-    assert corners.min() == 0 and corners.max() == room
-    distances = []
+    corners, room = dataset.corners(ids), size - 8
     for path, way in zip(corners.tolist(), dataset.directions(ids).tolist(), strict=True):
-        distance = max(abs(path[-1][axis] - path[0][axis]) for axis in (0, 1))
-        gone = [math.floor(Fraction(distance * t, frames - 1) + Fraction(1, 2)) for t in range(frames)]
-        assert path == [[start + sign * g for start, sign in zip(path[0], DIRECTIONS[way], strict=True)] for g in gone]
-        distances.append(distance)
-    # all distances from 5/8 of the room on occur
-    assert sorted(set(distances)) == list(range(math.ceil(room * 5 / 8), room + 1))
+        gone = [math.floor(Fraction(room * t, frames - 1) + Fraction(1, 2)) for t in range(frames)]
+        for axis, sign in enumerate(DIRECTIONS[way]):
+            expected = {1: gone, -1: [room - g for g in gone], 0: [room // 2] * frames}[sign]
+            assert [corner[axis] for corner in path] == expected
 
 
-def test_starts_and_free_coordinates_are_uniform(dataset):
-    ids = torch.arange(8000)
-    for way, along, free in ((0, 1, 0), (2, 0, 1)):  # right and down
-        paths = dataset.corners(ids, KEY)[dataset.directions(ids) == way]
-        counts = torch.bincount(paths[:, 0, free], minlength=9)
-        assert len(counts) == 9 and counts.min() > 75 and counts.max() < 150  # 111 expected, deviation 10
-        found = {(int(path[-1, along] - path[0, along]), int(path[0, along])) for path in paths}
-        assert found == {(distance, start) for distance in (5, 6, 7, 8) for start in range(9 - distance)}
-
-
-def test_a_clip_belongs_to_key_and_draw_id(dataset):
+def test_a_clip_belongs_to_its_sample_and_a_caption_to_key_and_draw_id(dataset):
     ids = dataset.train_ids[100:140]
     x, y = dataset.read(ids, KEY)
     for i, draw_id in enumerate(ids.tolist()):
         one_x, one_y = dataset.read([draw_id], KEY)
         assert torch.equal(one_x[0], x[i]) and torch.equal(one_y["tokens"][0], y["tokens"][i])
     for other in (dataset.read(ids + EPOCH, KEY), dataset.read(ids, random.key(9)), dataset.read(ids)):
-        assert sum(torch.equal(a, b) for a, b in zip(x, other[0], strict=True)) < 10
+        assert torch.equal(x, other[0])
         assert sum(torch.equal(a, b) for a, b in zip(y["tokens"], other[1]["tokens"], strict=True)) < 14
 
 

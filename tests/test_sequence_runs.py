@@ -45,6 +45,7 @@ def moving_alone():
     return eight_steps(single(), MOVING)
 
 
+@pytest.mark.every(5)  # coprime to the axes, so that all their values come
 @pytest.mark.parametrize("name", [*NAMES, "auto"])
 @pytest.mark.parametrize("sp, stage", [(2, 2), (2, 3), (4, 2), (4, 3)])
 def test_digits_in_fp32_see_the_same_draws(ranks, digits_alone, name, sp, stage):
@@ -54,6 +55,7 @@ def test_digits_in_fp32_see_the_same_draws(ranks, digits_alone, name, sp, stage)
     same_log(ranks.run(4, eight_steps, run, **sizes(name, sp)), digits_alone)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ["dsp", "auto"])
 @pytest.mark.parametrize("sp, stage", [(2, 2), (2, 3), (4, 2), (4, 3)])
 def test_moving_digits_in_fp32_see_the_same_draws(ranks, moving_alone, name, sp, stage):
@@ -69,6 +71,7 @@ def same_log(logs, alone):
             assert word == word1 and abs(loss - loss1) <= 1e-5
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("how", ["remat", "offload"])
 @pytest.mark.parametrize("name", NAMES)
 def test_remat_and_offload_change_nothing(ranks, digits_alone, name, how):
@@ -271,6 +274,7 @@ def compiled_steps(mesh, name, remat):
 STRETCHES = {"ulysses": 3, "ring": 3, "usp": 3, "fastseq": 5, "megatron": 7}  # what lies between a block's collectives
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name, remat", [*((name, "none") for name in NAMES), ("ulysses", "block")])
 def test_compiled_blocks_equal_eager_ones(ranks, name, remat):
     """Every stretch between collectives is compiled once with gradients and once without, however often it runs."""

@@ -110,6 +110,7 @@ STAGES = ["0", "1", "2", "3", "2 offload", "3 offload"]
 CASES = list(itertools.product(STAGES, (1, 2), ("none", "block"), (0.0, 0.5)))
 
 
+@pytest.mark.every(5)  # coprime to the axes, so that all their values come
 @pytest.mark.parametrize("world", [1, 2, 3, 4], scope="session")
 @pytest.mark.parametrize("how, micro, remat, clip", CASES)
 def test_equals_one_rank(ranks, one_rank, world, how, micro, remat, clip):
@@ -298,6 +299,7 @@ def most_alive(mesh, run):
     return peak[0], gathers[0]
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("world", [1, 2, 4], scope="session")
 @pytest.mark.parametrize("how", STAGES)
 def test_digits_in_fp32_see_the_same_draws(ranks, digits_alone, world, how):

@@ -42,8 +42,8 @@ HELD_OUT_WORDINGS = (
 class MovingDigits:
     """Sample 8 * p + d is digit picture p of ``Digits`` moving in direction d; held out are the held-out pictures.
 
-    The digit moves by whole pixels and stays whole in every frame. ``size`` - 8 is its room: it crosses from 5/8 of
-    that to all of it along each axis it moves on, by the same number of pixels on both where it moves on two.
+    The digit moves by whole pixels and stays whole in every frame. ``size`` - 8 is its room: it crosses all of that
+    along each axis it moves on, and is in the middle of the other.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class MovingDigits:
         """Reads the samples of draw ids: x (B, 1, T, H, W) and their tokenized captions."""
         ids_B = torch.as_tensor(ids, dtype=torch.int64)
         _, T, size, _ = self.shape
-        corner_BTX = self.corners(ids_B, key)
+        corner_BTX = self.corners(ids_B)
         row_BTh, column_BTw = (corner_BTX[..., axis, None] + torch.arange(SIDE) for axis in (0, 1))
         clip_BT = torch.arange(len(ids_B) * T).reshape(-1, T)
         pixel_BThw = (clip_BT[..., None, None] * size + row_BTh[..., None]) * size + column_BTw[..., None, :]
@@ -72,24 +72,17 @@ class MovingDigits:
         x_BCTHW.view(-1)[pixel_BThw] = self.digits.x_NCHW[self._pictures(ids_B)].expand(-1, T, -1, -1)
         return x_BCTHW, self.tokenize(self.captions(ids_B, key))
 
-    def corners(self, ids: list[int] | Tensor, key: random.Key = READ_KEY) -> Tensor:
+    def corners(self, ids: list[int] | Tensor) -> Tensor:
         """Row and column (B, T, 2) int64 of the digit's upper left pixel in every frame.
 
-        Distance, start and free coordinate are uniform among those that keep the digit in frame. Frame t has gone
-        round(distance * t / (T - 1)) pixels, halves rounded up.
+        Frame t has gone round(room * t / (T - 1)) pixels, halves rounded up.
         """
-        ids_B = torch.as_tensor(ids, dtype=torch.int64)
         _, T, size, _ = self.shape
         room = size - SIDE
-        least = -(-5 * room // 8)
-        words_B3 = random.bits(random.fold_in(key, "motion"), (3,), ids_B)
-        distance_B = least + words_B3[:, 0] % (room - least + 1)
-        gone_BT = (2 * distance_B[:, None] * torch.arange(T) + T - 1) // (2 * (T - 1))
-        sign_BX = torch.tensor(DIRECTIONS)[self.directions(ids_B)]
-        span_BX = distance_B[:, None] * sign_BX.abs()
-        low_BX = words_B3[:, 1:] % (room - span_BX + 1)
-        start_BX = low_BX + torch.where(sign_BX < 0, span_BX, 0)
-        return start_BX[:, None] + sign_BX[:, None] * gone_BT[..., None]
+        gone_T = (2 * room * torch.arange(T) + T - 1) // (2 * (T - 1))
+        sign_BX = torch.tensor(DIRECTIONS)[self.directions(ids)]
+        start_BX = torch.tensor((room, room // 2, 0))[sign_BX + 1]
+        return start_BX[:, None] + sign_BX[:, None] * gone_T[:, None]
 
     def captions(self, ids: list[int] | Tensor, key: random.Key = READ_KEY) -> list[str]:
         """Words the captions of draw ids; ``key`` and the draw id choose the wording."""
@@ -125,7 +118,7 @@ class MovingDigits:
 
     def fingerprint(self) -> str:
         """Hashes pixels, labels, the clips' shape and the wordings trained on; the tokenizer is the run's business."""
-        return hash_of(self.digits.fingerprint(), str(self.shape), *WORDINGS, *WAYS)
+        return hash_of(self.digits.fingerprint(), str(self.shape), "crosses all", *WORDINGS, *WAYS)
 
 
 def _word(wording: str, digit: int, direction: int) -> str:

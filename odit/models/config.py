@@ -35,7 +35,7 @@ class Config:
     text: Literal["cross", "pooled"] = "cross"
     """How captions act: cross-attention to their tokens in each block, or one vector beside the time's."""
     text_depth: int = 2
-    """Blocks of the byte-level text encoder, where that one is used."""
+    """Blocks of the byte-level text encoder, where that one is used; 0 leaves a bag of n-grams."""
     adaln: Literal["zero", "single"] = "zero"
     """Modulation regressed in each block (DiT), or once for all blocks plus each one's table (PixArt, diffusers)."""
     qk_norm: bool = False
@@ -125,9 +125,10 @@ def check(cfg: Config, shape: Shape) -> None:
 
 
 def _check_numbers(cfg: Config) -> None:
-    for name in ("width", "depth", "heads", "patch", "frame_patch", "text_depth"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"model.{name} is {getattr(cfg, name)}: use 1 or more")
+    least = {"width": 1, "depth": 1, "heads": 1, "patch": 1, "frame_patch": 1, "text_depth": 0}
+    for name, allowed in least.items():
+        if getattr(cfg, name) < allowed:
+            raise ValueError(f"model.{name} is {getattr(cfg, name)}: use {allowed} or more")
     if cfg.width % cfg.heads:
         fits = [h for h in range(1, 65) if cfg.width % h == 0]
         raise ValueError(f"model.heads {cfg.heads} does not divide model.width {cfg.width}: use one of {fits}")

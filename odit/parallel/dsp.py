@@ -1,7 +1,7 @@
 """DSP (Zhao et al. 2024): time x space models. What attention does not run over is split; one all-to-all in between.
 
-  attention over space   B t S D   frames are split
-  attention over time    B T s D   positions are split
+attention over space   B t S D   frames are split
+attention over time    B T s D   positions are split
 """
 
 from __future__ import annotations

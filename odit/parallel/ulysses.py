@@ -1,8 +1,8 @@
 """Ulysses (Jacobs et al. 2023): tokens are split everywhere but in attention, where heads are.
 
-  q, k, v  B l H K -> B L h K    one all-to-all of the three together
-  attend   a rank's heads see all tokens
-  o        B L h K -> B l H K    one all-to-all
+q, k, v  B l H K -> B L h K    one all-to-all of the three together
+attend   a rank's heads see all tokens
+o        B L h K -> B l H K    one all-to-all
 """
 
 from __future__ import annotations
