@@ -99,6 +99,8 @@ def main(args: Sample) -> None:
             print(*composed.notes, sep="\n")
         shown, conditions = choose(args, composed)
         args = dataclasses.replace(args, out=target(args.out, len(composed.shape.size) == 3))
+        if args.fps != Sample.fps and len(composed.shape.size) == 2:
+            raise ValueError(f"fps is {args.fps} but {args.checkpoint} draws pictures: leave it out")
         for path in filter(None, (args.out, args.tensors)):
             path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work
         params = checkpoint.load_weights(args.checkpoint, composed, args.weights)

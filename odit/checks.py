@@ -289,6 +289,11 @@ def _check_encoders(run: Run, shape: Shape | None) -> None:
         raise ValueError(
             f"encoders.text is {run.encoders.text} but data.source {run.data.source} has no captions: leave it out"
         )
+    for name in ("encoders.text_length", "model.text", "model.text_depth"):
+        part, _, key = name.partition(".")
+        value, usual = getattr(getattr(run, part), key), getattr(type(getattr(run, part)), key)
+        if value != usual and not captions:
+            raise ValueError(f"{name} is {value} but data.source {run.data.source} has no captions: use {usual}")
     if run.encoders.vae != "none" and not cached and data.expected(run.data)[0] != 3:
         raise ValueError(
             f"encoders.vae {run.encoders.vae} reads pictures of 3 channels and data.source {run.data.source} has "

@@ -164,7 +164,11 @@ def _moving_digits() -> Run:
     return dataclasses.replace(
         _digits(),
         out=Path("runs/moving-digits"),
-        steps=1200,
+        steps=1000,
+        global_batch=64,
+        validate_every=500,
+        validation_draws=1,
+        sample_every=500,
         data=data.Config(source="moving-digits", held_out=1 / 6),
         encoders=encoders.Config(text_length=64),
         model=models.Config(width=256, depth=4, heads=4, patch=4, frame_patch=16, text="pooled", text_depth=0),
@@ -301,7 +305,7 @@ FREE = {
     *("out", "stop_at", "micro_batch", "resume", "init_from", "replay", "log_every", "checkpoint_every", "keep"),
     *("sample_every", "validate_every", "validation_draws", "grad_norms", "evaluate", "progress", "kernels", "compile"),
     *("device", "threads", "sampling", "data.workers", "data.path", "finetune.strict"),
-    *("encoders.text_path", "encoders.vae_path", "encoders.place"),  # their fingerprints are compared
+    *("encoders.text_path", "encoders.vae", "encoders.vae_path", "encoders.place"),  # their fingerprints are compared
     *(f"parallel.{setting.name}" for setting in dataclasses.fields(Parallel) if setting.name != "ring_fp8"),
 }
 

@@ -13,6 +13,7 @@ Each rank reads its own parts; weights of other projects are read whole on each 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -110,7 +111,7 @@ def open_source(path: Path, heads: int) -> Source:
         told = about.get("config", {})
         if "shape" not in about:
             raise CheckpointError(f"init_from {path} does not tell its shape: use weights that a run of odit wrote")
-        objective = told.get("diffusion", {}).get("objective")
+        objective = _target(told.get("diffusion", {}))
         weights = checkpoint.open_weights(path)
         return Source(weights, f"step {about.get('step')}", told.get("model", {}), Shape(**about["shape"]), objective)
     if path.is_dir():
@@ -260,8 +261,14 @@ def _grouped(names: list[str]) -> str:
     return ", ".join(found[:LISTED]) + more
 
 
+def _target(diffusion: dict[str, Any]) -> str | None:
+    """What a model of these settings gives: an objective, and of flow what it predicts."""
+    objective, predicts = diffusion.get("objective"), diffusion.get("predicts", "velocity")
+    return objective if objective != "flow" or predicts == "velocity" else f"flow, predicts {predicts}"
+
+
 def _other_objective(source: Source, plan: Plan) -> list[str]:
-    objective = plan.run.diffusion.objective
+    objective = _target(dataclasses.asdict(plan.run.diffusion))
     if source.objective in (None, objective):
         return []
     return [

@@ -64,11 +64,19 @@ def describe(plan: Plan) -> str:
     """One line for people."""
     found, gib = predict(plan), 2**30
     line = f"memory: {found.peak / gib:.2f} GiB a rank at the peak, {found.standing / gib:.2f} of it between steps"
+    if held := _frozen(plan.front):
+        line += f"; beside it {held / gib:.2f} of encoders"
     if found.host:
         line += f"; {found.host / gib:.2f} GiB of the host"
     if plan.budget is not None:
         line += f"; after {offload.MEASURED} steps what fits moves to the device, up to {plan.budget / gib:.2f} GiB"
     return line
+
+
+def _frozen(front: Front) -> int:
+    """Bytes on the device between steps that the encoders' weights take; what they compute is not weighed."""
+    stored = [weights.held.values() for weights in (front.text_weights, front.vae_weights) if weights is not None]
+    return sum(t.nbytes for held in stored for t in held if t.device.type != "cpu")
 
 
 class Weigh(TorchDispatchMode):

@@ -47,6 +47,15 @@ class Draws(NamedTuple):
     dropped_B: Tensor
 
 
+class Words(NamedTuple):
+    """64-bit hashes of what a rank's samples are."""
+
+    draws: int
+    """``digest``: what is logged."""
+    x: int
+    """Of the pictures, clips or latents as they were read; ranks that share samples compare it."""
+
+
 def init_state(plan: Plan, key: random.Key) -> TrainState:
     """Draws this rank's parts of the weights of step 0; the EMA starts as their copy."""
     layout = plan.layout
@@ -91,8 +100,11 @@ def digest(ids_B: Tensor, draws: Draws, conditions: tree.Tree) -> int:
     A sample's words are weighed with odd multipliers by position and mixed (splitmix64's finaliser), so that any
     flipped bit changes the sum, and the sum does not depend on the order of samples nor on how they are shared out.
     """
-    parts = (ids_B, draws.t_B, draws.noise, draws.dropped_B, *tree.leaves(conditions))
-    words = torch.cat([_words(part).reshape(len(ids_B), -1) for part in parts], 1)
+    return _hash((ids_B, draws.t_B, draws.noise, draws.dropped_B, *tree.leaves(conditions)))
+
+
+def _hash(parts: tuple[Tensor, ...]) -> int:
+    words = torch.cat([_words(part).reshape(len(part), -1) for part in parts], 1)
     place = torch.arange(words.shape[1], dtype=torch.int64, device=words.device)
     weights = _mix(place * -7046029254386353131 + 1) | 1  # 0x9E3779B97F4A7C15, splitmix64's increment
     return int(_mix((words * weights).sum(1)).sum()) & (2**64 - 1)
@@ -157,8 +169,8 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch, random.Key], tuple[Tra
             state = state._replace(**host.settle(*state[1:4]))
             settings = offload.Settings(state.opt.count, lr, decay, 1 / state.loss_scale.scale)
             host.begin(state.params, state.opt, state.ema, settings)
-        loss_B, grads, word = gradients(plan, state.params, batch, key, state.loss_scale.scale, host)
-        loss, norm, word = agree(plan, loss_B, grads, word, host)
+        loss_B, grads, words = gradients(plan, state.params, batch, key, state.loss_scale.scale, host)
+        loss, norm, word = agree(plan, loss_B, grads, words, host)
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "draw_digest": f"{word:016x}"}
         finite = math.isfinite(loss) and math.isfinite(norm)
         if plan.dtype == torch.float16:
@@ -204,7 +216,7 @@ def advance(
 
 
 def agree(
-    plan: Plan, loss_B: Tensor, grads: tree.Tree, word: int, host: offload.Offload | None = None
+    plan: Plan, loss_B: Tensor, grads: tree.Tree, words: Words, host: offload.Offload | None = None
 ) -> tuple[float, float, int]:
     """(mean loss, global gradient norm, draw digest) over all ranks, by one small all-reduce; the same bits on each.
 
@@ -214,13 +226,13 @@ def agree(
     square = plan.layout.squared_norm(grads).double()
     if host is not None:
         square = square + host.squared_norm()
-    pieces = [(word >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]  # fp64 sums them exactly
+    pieces = [(word >> shift) & 0xFFFF for word in words for shift in (0, 16, 32, 48)]  # fp64 sums them exactly
     speaks = plan.mesh.sp.rank == 0
     loss = loss_B.double().sum() if speaks else torch.zeros((), dtype=torch.float64, device=plan.device)
     everybody = torch.tensor(pieces, dtype=torch.float64, device=plan.device)
     told = torch.cat([torch.stack([loss, square]), everybody * speaks, everybody])
     loss, total, *pieces = collectives.all_reduce_(told, plan.layout.axis).tolist()
-    if [plan.mesh.sp.size * piece for piece in pieces[:4]] != pieces[4:]:
+    if [plan.mesh.sp.size * piece for piece in pieces[:8]] != pieces[8:]:
         raise DataError(
             f"ranks that share samples over parallel.sp {plan.mesh.sp.size} read different ones, as where a picture "
             "can be read on one machine and not on another: give all ranks the same data"
@@ -245,19 +257,20 @@ def gradients(
     key: random.Key,
     scale: float = 1.0,
     host: offload.Offload | None = None,
-) -> tuple[Tensor, tree.Tree, int]:
-    """(loss a sample, this rank's parts of the gradients, draw digest) of this rank's share, one micro-batch at a time.
+) -> tuple[Tensor, tree.Tree, Words]:
+    """(loss a sample, this rank's parts of the gradients, hashes) of this rank's share, one micro-batch at a time.
 
-    Gradients are those of the sum of losses over the global batch size, summed over ranks; loss and digest are local.
+    Gradients are those of the sum of losses over the global batch size, summed over ranks; loss and hashes are local.
     Gradients of leaves that live on the host stay there and are None here.
     """
     layout = plan.layout
     params = params if host is None else host.sources(params)
     held = layout.hold(params)
-    total, all_losses, word = None, [], 0
+    total, all_losses, word, seen = None, [], 0, 0
     parts = micro_batches(batch, plan.micro_batch)
     for number, part in enumerate(parts):
         ids, x, y = tree.map(lambda field: field.to(plan.device, non_blocking=True), list(part))
+        seen += _hash((x,)) if plan.mesh.sp.size > 1 else 0
         x = plan.front.latents(x, ids, key)
         draws = draw(plan, ids, tuple(x.shape[1:]), key)
         word += digest(ids, draws, conditions(plan, y, draws.dropped_B))
@@ -270,7 +283,7 @@ def gradients(
     here = [g for g in tree.leaves(total) if g is not None]
     if scale != 1 and here:
         torch._foreach_mul_(here, 1 / scale)
-    return torch.cat(all_losses), total, word & (2**64 - 1)
+    return torch.cat(all_losses), total, Words(word & (2**64 - 1), seen & (2**64 - 1))
 
 
 def part_gradients(

@@ -91,6 +91,15 @@ def test_pixels_of_a_crop(size, target):
     assert x.shape == (3, *target) and x.dtype == torch.uint8 and x.flatten(1).unique(dim=1).tolist() == [[1], [2], [3]]
 
 
+@pytest.mark.slow
+def test_pixels_of_a_crop_of_every_size():
+    """Frames of 128 to 2200 pixels, as width and as height."""
+    for n in range(128, 2201):
+        for size in ((n, n * 9 // 16), (n * 9 // 16, n)):
+            x = pictures.centre_crop(Image.new("RGB", size, (1, 2, 3)), (64, 96))
+            assert x.shape == (3, 64, 96) and bool((x == torch.tensor([1, 2, 3])[:, None, None]).all()), size
+
+
 def test_a_crop_keeps_the_middle():
     image = Image.new("RGB", (40, 8))
     for column in range(40):

@@ -86,20 +86,22 @@ def test_remat_and_offload_change_nothing_of_dsp(ranks, moving_alone, options):
     same_log(ranks.run(4, eight_steps, run, sp=2), moving_alone)
 
 
-def other_samples(mesh):
-    """A step in which the second of two ranks that share samples has read another one."""
+def other_samples(mesh, what):
+    """A step in which the second of two ranks that share samples has read another one, or other pixels of it."""
     run = dataclasses.replace(DIGITS, parallel=Parallel(sp=2))
     dataset = data.open_dataset(run.data)
     composed = plan.make(run, dataset, mesh)
     (batch,) = loader.batches(dataset, KEY, global_batch=run.global_batch, stop=1)
-    ids = batch.ids_B.clone()
-    ids[3] += mesh.sp.rank
-    train.make_step(composed)(train.init_state(composed, KEY), batch._replace(ids_B=ids), KEY)
+    ids, x = batch.ids_B.clone(), batch.x.clone()
+    ids[3] += mesh.sp.rank * (what == "sample")
+    x[5, 0, 2, 2] += 1e-3 * mesh.sp.rank * (what == "pixel")
+    train.make_step(composed)(train.init_state(composed, KEY), batch._replace(ids_B=ids, x=x), KEY)
 
 
-def test_ranks_that_share_samples_must_read_the_same(ranks):
+@pytest.mark.parametrize("what", ["sample", "pixel"])
+def test_ranks_that_share_samples_must_read_the_same(ranks, what):
     with pytest.raises(RankFailed, match=r"ranks \[0, 1\] did(.|\n)*share samples over parallel.sp 2 read different"):
-        ranks.run(2, other_samples, sp=2)
+        ranks.run(2, other_samples, what, sp=2)
 
 
 def validated(mesh, bad_rank):

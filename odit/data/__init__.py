@@ -87,6 +87,11 @@ def check(cfg: Config) -> None:
     _check_digits(cfg)
     if cfg.buckets:
         _check_buckets(cfg)
+    clips = cfg.frames is not None or any(frames > 1 for frames, *_ in map(buckets.parse, cfg.buckets))
+    if cfg.interval > 1 and not clips:
+        raise ValueError(
+            f"data.interval is {cfg.interval} but the data has pictures: give --data.frames, or leave it out"
+        )
     if "path" in USED[cfg.source]:
         what = {
             "folder": "folder of pictures",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -203,6 +204,15 @@ class Cells:
                 yield f"{name} {size}".encode(errors="surrogateescape")
 
 
+def extra(module: str, source: Path | str) -> Any:
+    """Imports what reads ``source`` and comes with odit[hub] alone; raises DataError where it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise DataError(f"data.path {str(source)!r} needs {package}: pip install 'odit[hub]'") from None
+
+
 class _Opened:
     """A table's rows, its other columns, and the names of its classes if it states them."""
 
@@ -282,24 +292,18 @@ def _json_row(path: Path, i: int, line: str) -> dict:
 
 
 def _read_parquet(path: Path, wanted: list[str]) -> dict[str, list]:
-    import pyarrow.parquet
-
-    names = pyarrow.parquet.read_schema(path).names
-    columns = pyarrow.parquet.read_table(path, columns=[name for name in names if name in wanted]).to_pydict()
+    parquet = extra("pyarrow.parquet", path)
+    names = parquet.read_schema(path).names
+    columns = parquet.read_table(path, columns=[name for name in names if name in wanted]).to_pydict()
     return {name: columns.get(name, []) for name in names}
 
 
 def _parquet_with_cells(path: Path, column: str):
     """Opens a parquet file whose cells are pictures as a data set, which maps them from its cache; None for paths."""
-    import pyarrow
-    import pyarrow.parquet
-
-    schema = pyarrow.parquet.read_schema(path)
-    if column not in schema.names or not pyarrow.types.is_struct(schema.field(column).type):
+    schema = extra("pyarrow.parquet", path).read_schema(path)
+    if column not in schema.names or not extra("pyarrow.types", path).is_struct(schema.field(column).type):
         return None
-    import datasets
-
-    return datasets.Dataset.from_parquet(str(path))
+    return extra("datasets", path).Dataset.from_parquet(str(path))
 
 
 def _open_dataset(source: str, path_column: str, needed: list[str], label_column: str, subset: str) -> _Opened:
@@ -307,8 +311,7 @@ def _open_dataset(source: str, path_column: str, needed: list[str], label_column
     if Path(source).is_file() or (named and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)):
         found = "does not exist" if named else f"is not a table by its suffix ({' '.join(SUFFIXES)})"
         raise DataError(f"data.path {source!r} {found}: give a table, a saved data set's folder or a data set's name")
-    import datasets
-
+    datasets = extra("datasets", source)
     try:
         dataset = datasets.load_dataset(source) if named else datasets.load_from_disk(source)
     except Exception as error:  # these raise whatever their back ends do
@@ -323,8 +326,7 @@ def _open_dataset(source: str, path_column: str, needed: list[str], label_column
 
 
 def _from_dataset(source: str, folder: Path, dataset, path_column: str, needed, label_column: str) -> _Opened:
-    import datasets
-
+    datasets = extra("datasets", source)
     _check_columns(source, needed, dataset.column_names)
     wanted = [name for name in dict.fromkeys([*needed[1:], label_column]) if name in dataset.column_names]
     columns = dataset.select_columns(wanted)[:] if wanted else {}

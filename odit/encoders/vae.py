@@ -97,9 +97,12 @@ class Vae:
         return (self.channels, *frames, height // self.factor, width // self.factor)
 
     def _in_its_shape(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Runs the module on what it takes: chunks of pictures for "kl", clips (a picture has one frame) for others."""
+        """Runs the module on what it takes: chunks of pictures for "kl", single clips (a picture has one frame) for
+        others, whose memory is that of all frames at once."""
         if self.kind != "kl":
-            return run(x) if x.ndim == 5 else run(x.unsqueeze(2)).squeeze(2)
+            clips = x if x.ndim == 5 else x.unsqueeze(2)
+            y = torch.cat([run(clip) for clip in clips.split(1)])
+            return y if x.ndim == 5 else y.squeeze(2)
         pictures = x if x.ndim == 4 else x.transpose(1, 2).flatten(0, 1)
         y = torch.cat([run(part) for part in pictures.split(self.chunk)])
         return y if x.ndim == 4 else y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
