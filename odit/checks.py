@@ -162,7 +162,6 @@ def _check_served(run: Run) -> None:
     """Settings that this version knows but does not serve are refused, never ignored."""
     p = run.parallel
     later = {
-        "parallel.remat": (p.remat, ("none", "block")),
         "kernels": (run.kernels, ("auto", "reference")),
         "replay": (run.replay, (None,)),
     }
@@ -170,6 +169,11 @@ def _check_served(run: Run) -> None:
         if found not in served:
             fits = " or ".join(str(value) for value in served)
             raise ValueError(f"{key} is {found}, which this version does not serve yet: use {fits}")
+    if run.compile and p.remat == "selective" and (p.sp or 1) > 1:
+        raise ValueError(
+            f"compile cannot follow parallel.remat selective across what passes between parallel.sp {p.sp} ranks: use "
+            "--no-compile or --parallel.remat block"
+        )
     if run.grad_norms and p.zero == 3:
         raise ValueError(
             "grad_norms needs whole weights, which parallel.zero 3 does not keep: use parallel.zero 2 or less"

@@ -38,7 +38,8 @@ class Parallel:
     reduce: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which gradients are summed over ranks."""
     remat: Literal["none", "block", "selective"] = "none"
-    """Activations computed again in backward instead of kept."""
+    """Activations computed again in backward instead of kept: block keeps a block's input alone, selective also what
+    attention gives and the products that come back to the width."""
     offload: Literal["none", "optimizer", "auto"] = "none"
     """State kept in host memory."""
     memory_gib: float | None = None
@@ -154,7 +155,7 @@ def _digits_text() -> Run:
         out=Path("runs/digits-text"),
         data=data.Config(source="digits-text", held_out=1 / 6),
         encoders=encoders.Config(text_length=32),
-        model=models.Config(width=96, depth=4, heads=4, patch=2, text_depth=1),
+        model=models.Config(width=96, depth=4, heads=4, patch=2, text_depth=0),
         optimizer=optim.Config(lr=2e-3, beta2=0.99, warmup=50, decay="cosine", clip=1.0, ema_decay=0.995),
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from odit import checks, compiling, data, diffusion, finetune, models, tree
+from odit import checks, compiling, data, diffusion, finetune, models, remat, tree
 from odit import front as fronts
 from odit.config import Parallel, Run
 from odit.data import buckets
@@ -139,6 +139,7 @@ class Plan:
         """``layout.view`` of this plan's record: parameters and record for a forward pass."""
         params, ops = self.layout.view(targets, held, self.ops, sink)
         ops = compiling.compiled(ops) if self.compiled else ops
+        ops = remat.recomputing(ops) if self.run.parallel.remat == "selective" else ops
         cfg = self.run.finetune
         return params, finetune.adapted(ops, cfg.scale) if cfg.lora_rank else ops
 

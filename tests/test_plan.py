@@ -85,7 +85,6 @@ WRONG = [
     (dict(sampling=Sampling(guidance=Guidance(scale=-1.0))), "sampling.guidance.scale", "-1.0", ">= 0"),
     (dict(sampling=Sampling(guidance=Guidance(channels=0))), "sampling.guidance.channels", "0", "1 to 1"),
     (dict(parallel=Parallel(sp=3)), "parallel.sp", "3", "use 1"),
-    (dict(parallel=Parallel(remat="selective")), "parallel.remat", "selective", "none or block"),
     (dict(parallel=Parallel(offload="optimizer")), "parallel.offload", "zero 0", "use --parallel.zero 2 or 3"),
     (dict(parallel=Parallel(offload="auto", zero=3), device="cpu"), "parallel.offload", "auto", "leave it out"),
     (dict(parallel=Parallel(memory_gib=24.0)), "parallel.memory_gib", "24.0", "use --parallel.offload auto"),
@@ -113,6 +112,7 @@ MOVING = dict(  # 4 x 4 tokens, time x space
 # (changes, ranks, key, found, fix): 16 tokens, 4 heads
 WRONG_ON_RANKS = [
     (dict(parallel=Parallel(sp=3)), 4, "parallel.sp 3", "4 ranks", "use 2 or 4"),
+    (dict(parallel=Parallel(sp=2, remat="selective"), compile=True), 2, "remat selective", "sp 2", "remat block"),
     (dict(parallel=Parallel(sp=0)), 4, "parallel.sp 0", "", "at least 1"),
     (dict(parallel=Parallel(dp=3)), 4, "parallel.dp 3", "there are 4", "--parallel.dp 4"),
     (dict(parallel=Parallel(dp=2, sp=4)), 4, "parallel.dp 2 x --parallel.sp 4", "makes 8", "--parallel.dp 1"),

@@ -42,7 +42,7 @@ class Encoders:
     """Size of the encoders; tiny ones are for trying the benchmark."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Dtype of matrix products, and of the encoders."""
-    remat: Literal["none", "block"] = "none"
+    remat: Literal["none", "block", "selective"] = "none"
     """Activations computed again in backward."""
     compile: bool = False
     """Compiles the blocks."""

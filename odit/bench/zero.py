@@ -30,7 +30,7 @@ class Zero:
     """Dtype of matrix products."""
     stages: tuple[str, ...] = ("0", "1", "2", "3", "2+optimizer", "3+optimizer")
     """Layouts: a stage, and after a plus what is offloaded: 3+optimizer, or 3+auto24 for a budget of 24 GiB."""
-    remat: Literal["none", "block"] = "none"
+    remat: Literal["none", "block", "selective"] = "none"
     """Activations computed again in backward."""
     compile: bool = False
     """Compiles the blocks; what is planned is of eager ones."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from odit import tree
 from odit.ops import Ops, at_least_fp32
@@ -65,7 +66,7 @@ class _Ring:
                 coming = start_shift(chunk, self.axis, 1, 1, roll(self.tokens, step), part_of="ring_gather")
             recorder.mark(f"qkv {step}")
             x = (_unpack(chunk, h.dtype) if self.fp8 else chunk).detach().requires_grad_(training)
-            with torch.set_grad_enabled(training):
+            with torch.set_grad_enabled(training), saved_tensors_hooks(_as_it_is, _as_it_is):
                 three = self.ops.qkv(x, p, self._rows(tables, source))
             found[source] = [part.detach() for part in three]
             if training:
@@ -98,6 +99,11 @@ class _Ring:
 
     def _rows(self, tables: tuple[Tensor, ...], source: int) -> tuple[Tensor, ...]:
         return tuple(t.narrow(0, sum(self.tokens[:source]), self.tokens[source]) for t in tables)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    """What a graph of a chunk saves is kept, whoever recomputes around it: backward walks each of them twice."""
+    return x
 
 
 class _Qkv(torch.autograd.Function):

@@ -1,0 +1,108 @@
+"""Selective recomputing: the same numbers, a fraction of the memory, attention never twice."""
+
+import collections
+import dataclasses
+
+import pytest
+import torch
+from test_compile import SECONDS, compiled_steps, compiling_by
+from test_zero import KEY, assert_equals_one_rank, fp64_plan, fp64_state, three_steps, with_
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from odit import config, memory, ops, remat, train, tree
+from odit.data import loader
+from odit.models import dit
+from odit.parallel.mesh import single
+
+WORLDS = pytest.mark.parametrize("world", [1, 2], scope="session")
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    return three_steps(single(), with_())
+
+
+@WORLDS
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_steps_equal_those_that_keep_all(ranks, one_rank, world, stage):
+    found = ranks.run(world, three_steps, with_(stage, 2, "selective", world=world))
+    assert_equals_one_rank(found, one_rank, world, stage, 1e-12)
+
+
+@WORLDS
+def test_compiled_steps_equal_those_that_keep_all(ranks, one_rank, world):
+    found = ranks.run(world, compiled_steps, with_(3, 2, "selective", world=world), timeout_s=SECONDS)
+    assert_equals_one_rank([steps for steps, _, _ in found], one_rank, world, 3, 1e-11)
+
+
+class Counts(TorchDispatchMode):
+    """Calls of each operator, by its bare name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.name().split("::")[-1].split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def block_on_meta():
+    """A block of DiT-XL with flash attention over 4 x 256 tokens, its input and its weights, without data."""
+    cfg = config.presets()["dit-xl-2"][1].model
+    make = lambda shape: torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)  # noqa: E731
+    params = tree.map(lambda p: make(p.shape), dit.declare_block(cfg))
+    block = dit.make_block(cfg, memory.flash_on_meta(ops.flash()))
+    return block, params, make((4, 256, cfg.width)), make((4, cfg.width))
+
+
+def kept_values(wrap) -> tuple[float, collections.Counter]:
+    """What a block keeps for backward beside its input, in values a token and channel, and backward's operators."""
+    block, params, x, c = block_on_meta()
+    with memory.Weigh([x, c, *tree.leaves(params)]) as weigh:
+        y = wrap(block)(params, x, c, ())
+        kept = weigh.now()
+    with Counts() as counts:
+        torch.autograd.grad(y.sum(), [x, c, *tree.leaves(params)])
+    return kept / (2 * x.numel()), counts.calls
+
+
+def test_a_block_keeps_what_attention_gives_and_what_comes_back_to_the_width():
+    everything, backward = kept_values(lambda block: block)
+    few, again = kept_values(remat.selective)
+    assert everything > 16
+    # o and two branches, x' of gated (y itself is the next block's input), log-sum-exp and modulations: under 0.3
+    assert 3 < few < 4.3
+    name = "_scaled_dot_product_flash_attention"
+    assert again[name] == backward[name] == 0 and again[f"{name}_backward"] == 1
+    assert again["mm"] + again["addmm"] == backward["mm"] + backward["addmm"] + 3  # q k v, fc1, the modulations
+
+
+def test_nothing_is_kept_where_nothing_is_differentiated():
+    block, params, x, c = block_on_meta()
+    with torch.no_grad(), memory.Weigh([x, c, *tree.leaves(params)]) as weigh:
+        y = remat.selective(block)(params, x, c, ())
+        assert weigh.now() == 2 * y.numel()
+
+
+def test_the_plan_of_memory_sees_it():
+    """The kept part of a plan's peak shrinks as a block's does."""
+
+    def peak(how):
+        composed, _ = fp64_plan(with_(0, 1, how))
+        return memory.predict(composed).peak
+
+    assert peak("block") < peak("selective") < peak("none")
+
+
+def test_a_compiled_block_recomputes_inside_its_graph():
+    """Under torch.compile the partitioner follows the same rule, as gradients in fp64 show, in one graph."""
+    with compiling_by("aot_eager"):
+        run = dataclasses.replace(with_(0, 1, "selective"), compile=True)
+        composed, dataset = fp64_plan(run)
+        (batch,) = loader.batches(dataset, KEY, global_batch=run.global_batch, stop=1)
+        found = train.gradients(composed, fp64_state(composed).params, batch, KEY)[1]
+        eager, _ = fp64_plan(with_(0, 1, "none"))
+        expected = train.gradients(eager, fp64_state(eager).params, batch, KEY)[1]
+        for a, b in zip(tree.leaves(found), tree.leaves(expected)):
+            assert (a - b).norm() <= 1e-11 * b.norm()
