@@ -1,0 +1,119 @@
+"""Attention by each library at the shapes that DiTs have, forward and with backward."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odit import checks, ops, plan, random
+from odit.bench.common import device_name, now
+from odit.kernels import attention
+
+KEY = random.key(0)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Each backend at each shape; a backend that cannot serve one is a row with its reason."""
+
+    shapes: tuple[str, ...] = ("128x256x16x72", "8x4096x16x72", "8x4096x16x64", "2x16384x16x72", "128x256x6x64")
+    """Batch x tokens x heads x head size."""
+    wide: tuple[int, ...] = (0, 80)
+    """Head sizes to make heads of 72 as wide as, by zero columns that are in no time; 0 is as they are."""
+    backends: tuple[str, ...] = ("sdpa", "flash2", "cudnn", "flash4")
+    """Libraries (plain is the reference)."""
+    precision: str = "bf16"
+    """Dtype."""
+    steps: int = 20
+    """Measured calls; the row has their median."""
+    device: str = "auto"
+    """'auto' takes a GPU where there is one."""
+
+
+def attention_rows(cfg: Attention) -> None:
+    """Prints a row a shape, width and backend: ms and TFLOP/s on the true head size, error against fp64."""
+    for name in cfg.backends:
+        if name not in attention.BACKENDS:
+            raise ValueError(f"backends has {name!r}: use {', '.join(attention.BACKENDS)}")
+    device = checks.pick_device(cfg.device)
+    for shape in cfg.shapes:
+        B, L, H, K = map(int, shape.split("x"))
+        for wide in cfg.wide:
+            if wide and (K != 72 or wide <= K):
+                continue
+            for name in cfg.backends:
+                row = row_of(cfg, attention.BACKENDS[name], device, (B, L, H, K), wide or K)
+                print(json.dumps({"name": "attention", "backend": name, "shape": shape, **row}), flush=True)
+
+
+def row_of(
+    cfg: Attention, backend: attention.Backend, device: torch.device, shape: tuple[int, int, int, int], wide: int
+) -> dict[str, Any]:
+    """Times forward, and forward with backward."""
+    (B, L, H, K), dtype = shape, plan.DTYPES[cfg.precision]
+    about = {"wide": wide, "precision": cfg.precision, "device": device_name(device)}
+    if why := backend.obstacle(device, dtype, wide):
+        return {**about, "error": why}
+    q, k, v, do = (_draw(part, shape, wide, device).to(dtype) for part in ("q", "k", "v", "do"))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def both() -> Tensor:
+        o = backend.attend(*leaves, K**-0.5)
+        torch.autograd.grad(o, leaves, do)
+        return o
+
+    with torch.no_grad():
+        forward_ms = _median(lambda: backend.attend(q, k, v, K**-0.5), cfg.steps, device)
+    both_ms = _median(both, cfg.steps, device)
+    flops = 4 * B * H * L * L * K
+    return {
+        **about,
+        "forward_ms": round(forward_ms, 4),
+        "ms": round(both_ms, 4),
+        "forward_tflops": round(flops / forward_ms / 1e9, 1),
+        "tflops": round(3.5 * flops / both_ms / 1e9, 1),
+        "error": _error(backend, leaves, K),
+    }
+
+
+def _draw(part: str, shape: tuple[int, int, int, int], wide: int, device: torch.device) -> Tensor:
+    """(B, L, H, wide) with zeros from K on; drawn once for a sample of each of 8, for the sake of time."""
+    B, L, H, K = shape
+    x = random.normal(random.fold_in(KEY, part), (min(B, 2), L, H, K)).to(device)
+    x = torch.nn.functional.pad(x, (0, wide - K))
+    return x.repeat(-(-B // len(x)), 1, 1, 1)[:B].contiguous()
+
+
+def _error(backend: attention.Backend, leaves: list[Tensor], K: int) -> float:
+    """Relative error of one sample's output against the reference in fp64."""
+    q, k, v = (x[:1, :, :1].detach() for x in leaves)
+    exact = ops.attend(*(x[..., :K].double() for x in (q, k, v)))
+    found = backend.attend(q.contiguous(), k.contiguous(), v.contiguous(), K**-0.5)[..., :K].double()
+    return float((found - exact).norm() / exact.norm())
+
+
+def _median(run: Callable[[], Any], steps: int, device: torch.device) -> float:
+    """Milliseconds of a call, by events on a GPU: launches run ahead of it."""
+    for _ in range(3):
+        run()
+    if device.type != "cuda":
+        times = []
+        for _ in range(steps):
+            began = now(device)
+            run()
+            times.append(1e3 * (now(device) - began))
+        return statistics.median(times)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize(device)
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))

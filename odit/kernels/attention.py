@@ -1,0 +1,245 @@
+"""Attention by the library that measured best on this device, for this head size and length.
+
+  softmax(q k^T scale) v, every query to every token of its sample; q, k, v (B, L, H, K), scale 1 / sqrt(K)
+
+Libraries serve some head sizes badly (DiT-XL's is 72). Then heads are made wider by zero columns, on their way through
+the weights: the qkv product writes them and the out product reads them, so that no tensor of tokens is copied. Scores
+and outputs stay what they were; parameters, gradients and files know nothing of it.
+
+``TABLE`` is what ``experiments/bench.py attention`` measured; ``choose`` reads it and says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odit import ops as reference
+from odit.ops import Ops
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One library's attention."""
+
+    name: str
+    attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    """``attend(q, k, v, scale)``, differentiable."""
+    obstacle: Callable[[torch.device, torch.dtype, int], str | None]
+    """Why it cannot serve (device, dtype, K); None where it can."""
+    told: str
+
+
+# --- PyTorch's ---
+
+
+def plain(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
+    """The reference, with a scale."""
+    return reference.attend(q_BLHK * (scale * q_BLHK.shape[-1] ** 0.5), k_BLHK, v_BLHK)
+
+
+def sdpa(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
+    """Whatever PyTorch chooses."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def cudnn(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
+    """cuDNN's, by PyTorch's operator of it: no context manager, hence no flags to set and reset a call."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    keeps = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, keeps, 0.0, False, False, scale=scale)
+    return found[0].transpose(1, 2)
+
+
+def flash2(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
+    """FlashAttention 2, by PyTorch's operator of it."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
+    return found[0].transpose(1, 2)
+
+
+def _needs_gpu(least: tuple[int, int], device: torch.device, dtype: torch.dtype, K: int) -> str | None:
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if (found := torch.cuda.get_device_capability(device)) < least:
+        return f"compute capability {found[0]}.{found[1]} is below {least[0]}.{least[1]}"
+    if dtype not in HALF:
+        return f"{str(dtype).removeprefix('torch.')} is not half precision"
+    return f"head size {K} is no multiple of 8" if K % 8 else None
+
+
+# --- flash-attn 4 ---
+
+
+@functools.cache
+def _fa4() -> Any:
+    """flash-attn-4's module, whose forward and backward are functions without autograd of their own."""
+    from flash_attn.cute import interface
+
+    return interface
+
+
+@torch.library.custom_op("odit::attend_fa4", mutates_args=())
+def _attend_fa4(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    o, lse, *_ = _fa4()._flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True)
+    return o, lse
+
+
+@_attend_fa4.register_fake
+def _(q, k, v, scale):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
+        (q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32
+    )
+
+
+@torch.library.custom_op("odit::attend_fa4_backward", mutates_args=())
+def _attend_fa4_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _fa4()._flash_attn_bwd(q, k, v, o, do.contiguous(), lse, scale, deterministic=True)[:3]
+    return dq, dk, dv
+
+
+@_attend_fa4_backward.register_fake
+def _(do, q, k, v, o, lse, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _keep(ctx, inputs, output):
+    q, k, v, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, do, dlse):
+    return *_attend_fa4_backward(do, *ctx.saved_tensors, ctx.scale), None
+
+
+_attend_fa4.register_autograd(_differentiate, setup_context=_keep)
+
+
+def flash4(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
+    """flash-attn 4, as a registered operator: its own autograd function would end a graph of torch.compile."""
+    return _attend_fa4(q_BLHK, k_BLHK, v_BLHK, scale)[0]
+
+
+def _flash4_obstacle(device: torch.device, dtype: torch.dtype, K: int) -> str | None:
+    if found := _needs_gpu((9, 0), device, dtype, K):
+        return found
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn-4 is not installed"
+    try:
+        _fa4()
+    except Exception as error:  # an older flash-attn, or a part of it that does not fit
+        return f"flash-attn-4 cannot be loaded ({type(error).__name__})"
+    return None
+
+
+# --- the choice ---
+
+
+def _always(device: torch.device, dtype: torch.dtype, K: int) -> str | None:
+    return None
+
+
+BACKENDS = {
+    b.name: b
+    for b in (
+        Backend("plain", plain, _always, "reference attention"),
+        Backend("sdpa", sdpa, _always, "PyTorch's choice of attention"),
+        Backend("flash2", flash2, functools.partial(_needs_gpu, (8, 0)), "FlashAttention 2 (PyTorch's)"),
+        Backend("cudnn", cudnn, functools.partial(_needs_gpu, (9, 0)), "cuDNN's attention"),
+        Backend("flash4", flash4, _flash4_obstacle, "flash-attn 4"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What measured best for heads of ``size`` and at least ``least`` tokens; ``wide`` is the size that heads get."""
+
+    size: int
+    least: int
+    backend: str
+    wide: int
+    told: str
+    """TFLOP/s of forward and backward together, of it and of the next."""
+
+
+# One H200, bf16, forward + backward, TFLOP/s on the true head size (2026-11-23, torch 2.11, flash-attn 4.0.0b36).
+HOPPER = (
+    Entry(72, 2048, "flash4", 80, "540 against 423 unpadded, cuDNN 319"),
+    Entry(72, 2048, "cudnn", 80, "372 against 319 unpadded"),
+    Entry(72, 0, "cudnn", 72, "182 against flash-attn 4's 173"),
+    Entry(64, 2048, "flash4", 64, "554 against cuDNN's 428"),
+    Entry(64, 0, "cudnn", 64, "428 against FlashAttention 2's 279"),
+)
+TABLE = {(9, 0): HOPPER}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend, the size that heads get on their way through it, and a line for people."""
+
+    backend: Backend
+    wide: int
+    told: str
+
+
+def choose(device: torch.device, dtype: torch.dtype, size: int, length: int, widens: bool = True) -> Choice:
+    """Reads the table: the first entry of this device, head size and length that can run; else PyTorch's choice.
+
+    Args:
+        widens: whether heads may be made wider.
+    """
+    if device.type != "cuda":
+        return Choice(BACKENDS["plain"], size, "reference attention (no GPU)")
+    passed = ""
+    for entry in TABLE.get(torch.cuda.get_device_capability(device), ()):
+        if entry.size != size or length < entry.least or (entry.wide != size and not widens):
+            continue
+        backend = BACKENDS[entry.backend]
+        if why := backend.obstacle(device, dtype, entry.wide):
+            passed = passed or f"; not {backend.told}: {why}"
+            continue
+        wider = f", heads of {size} as {entry.wide}" if entry.wide != size else ""
+        return Choice(backend, entry.wide, f"{backend.told}{wider} (measured: {entry.told}{passed})")
+    return Choice(BACKENDS["sdpa"], size, f"PyTorch's choice of attention (head size {size} was not measured{passed})")
+
+
+def with_attention(ops: Ops, choice: Choice, size: int) -> Ops:
+    """The record whose ``attend`` is the chosen one, for heads of ``size``.
+
+    ``attend_lse`` and ``attend_grad`` scale by the head size they see: strategies that call them take no wide heads.
+    """
+    scale, attend = size**-0.5, choice.backend.attend
+    if choice.wide == size:
+        return replace(ops, attend=lambda q, k, v: attend(q, k, v, scale))
+    return _widened(ops, size, choice.wide, attend)
+
+
+def _widened(ops: Ops, size: int, wide: int, attend: Callable) -> Ops:
+    """Heads with zero columns. Where q and k are normalised or rotated these come after that, by a copy."""
+    more, scale = wide - size, size**-0.5
+
+    def pad(x: Tensor, dim: int) -> Tensor:
+        return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, more))
+
+    def qkv(h_BLD: Tensor, p: dict, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        if tables or "q_norm" in p:
+            return tuple(pad(x, 3) for x in ops.qkv(h_BLD, p, tables))  # type: ignore
+        return ops.qkv(h_BLD, {name: pad(leaf, 2) for name, leaf in p.items()}, ())
+
+    def out(o_BLHK: Tensor, p: dict[str, Tensor]) -> Tensor:
+        return ops.out(o_BLHK, {**p, "w": pad(p["w"], 2)} if o_BLHK.shape[-1] == wide else p)
+
+    return replace(ops, qkv=qkv, out=out, attend=lambda q, k, v: attend(q, k, v, scale))

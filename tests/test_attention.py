@@ -1,0 +1,116 @@
+"""The choice of attention, and heads with zero columns against plain ones."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from conftest import redraw
+
+from odit import nn, ops, random, tree
+from odit.kernels import attention
+from odit.models import dit
+from odit.ops import Ops
+
+KEY = random.key(3)
+H200 = torch.device("cuda")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
+
+
+@pytest.mark.parametrize(
+    "size, length, widens, backend, wide, told",
+    [
+        (72, 256, True, "cudnn", 72, "182 against flash-attn 4's 173"),
+        (72, 4096, True, "cudnn", 80, "heads of 72 as 80 .*not flash-attn 4: flash-attn-4 is not installed"),
+        (72, 4096, False, "cudnn", 72, "cuDNN's attention"),
+        (64, 4096, True, "cudnn", 64, "not flash-attn 4"),
+        (48, 4096, True, "sdpa", 48, "head size 48 was not measured"),
+    ],
+)
+def test_the_table_is_read_and_told(hopper, size, length, widens, backend, wide, told):
+    found = attention.choose(H200, torch.bfloat16, size, length, widens)
+    assert (found.backend.name, found.wide) == (backend, wide)
+    assert re.search(told, found.told)
+
+
+def test_without_half_precision_pytorch_chooses(hopper):
+    found = attention.choose(H200, torch.float32, 72, 256)
+    assert found.backend.name == "sdpa" and "float32 is not half precision" in found.told
+
+
+def test_a_cpu_has_the_reference():
+    found = attention.choose(torch.device("cpu"), torch.float32, 72, 4096)
+    assert found.backend.name == "plain" and found.wide == 72
+
+
+@pytest.mark.parametrize("kind", ["bare", "normalised and rotated"])
+def test_wide_heads_change_nothing(kind):
+    """A block with heads of 6 as 8 against heads of 6, in fp64: output and every gradient."""
+    bare = kind == "bare"
+    cfg = dit.Config(width=24, heads=4, qk_norm=not bare)
+    params = redraw(dit.declare_block(cfg))
+    x, c, dy = (random.normal(random.fold_in(KEY, name), shape).double() for name, shape in
+                (("x", (3, 10, 24)), ("c", (3, 24)), ("dy", (3, 10, 24))))  # fmt: skip
+    tables = () if bare else tuple(t.double() for t in nn.rotary_3d(1, 2, 5, cfg.head_size))
+    choice = attention.Choice(attention.BACKENDS["plain"], 8, "")
+    seen = []
+
+    def watched(q, k, v, scale):
+        seen.append((q.shape[-1], v.shape[-1]))
+        return attention.plain(q, k, v, scale)
+
+    choice = dataclasses.replace(choice, backend=dataclasses.replace(choice.backend, attend=watched))
+
+    def run(record):
+        leaves = [leaf.detach().requires_grad_() for leaf in (x, c, *tree.leaves(params))]
+        p = tree.unflatten(params, leaves[2:])
+        y = dit.make_block(cfg, record)(p, leaves[0], leaves[1], tables)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    for a, b in zip(run(attention.with_attention(Ops(), choice, cfg.head_size)), run(Ops()), strict=True):
+        assert a.shape == b.shape and (a - b).norm() <= 1e-13 * b.norm().clamp(min=1e-3)
+    assert seen == [(8, 8)]
+
+
+@pytest.mark.parametrize("name", ["plain", "sdpa"])
+def test_backends_take_a_scale(name):
+    q, k, v = (random.normal(random.fold_in(KEY, part), (2, 9, 3, 8)).double() for part in "qkv")
+    found = attention.BACKENDS[name].attend(q, k, v, 6**-0.5)
+    scores = torch.einsum("blhk,bmhk->bhlm", q, k) / 6**0.5
+    expected = torch.einsum("bhlm,bmhk->blhk", scores.softmax(-1), v)
+    assert (found - expected).norm() <= 1e-14 * expected.norm() * 10
+
+
+def test_the_operator_of_flash_attn_4_traces_without_it():
+    """Shapes and the backward's wiring, on meta tensors: the kernel itself needs a GPU."""
+    q, k, v = (torch.empty(2, 5, 3, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
+    o = attention.flash4(q, k, v, 0.3)
+    assert o.shape == q.shape and all(g.shape == q.shape for g in torch.autograd.grad(o.sum(), (q, k, v)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sdpa", "flash2", "cudnn", "flash4"])
+@pytest.mark.parametrize("B, L, K", [(5, 17, 72), (2, 256, 72), (1, 1021, 64), (2, 256, 80)])
+def test_backends_against_fp64(name, B, L, K):
+    """Error no more than 1.5 times that of the reference in the same dtype, output and gradients."""
+    device, backend = torch.device("cuda"), attention.BACKENDS[name]
+    if why := backend.obstacle(device, torch.bfloat16, K):
+        pytest.skip(why)
+    draws = [random.normal(random.fold_in(KEY, part), (B, L, 3, K)).bfloat16() for part in "qkvd"]
+
+    def run(attend, dtype):
+        *leaves, do = [x.to(device, dtype) for x in draws]
+        leaves = [x.requires_grad_() for x in leaves]
+        o = attend(*leaves)
+        return [t.double() for t in (o, *torch.autograd.grad(o, leaves, do))]
+
+    exact = run(ops.attend, torch.float64)
+    eager = run(ops.attend, torch.bfloat16)
+    found = run(lambda q, k, v: backend.attend(q, k, v, K**-0.5), torch.bfloat16)
+    for a, b, c in zip(found, eager, exact, strict=True):
+        assert (a - c).norm() <= 1.5 * (b - c).norm()
