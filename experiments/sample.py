@@ -97,6 +97,9 @@ def main(args: Sample) -> None:
         check_encoders(args, composed)
         if rank == 0 and composed.notes:
             print(*composed.notes, sep="\n")
+        if rank == 0 and composed.device.type == "cuda":
+            why = sample.graph_obstacle(composed, run.sampling)
+            print(f"graphs: {'none, ' + why if why else 'a model call is one CUDA graph'}")
         shown, conditions = choose(args, composed)
         args = dataclasses.replace(args, out=target(args.out, len(composed.shape.size) == 3))
         if args.fps != Sample.fps and len(composed.shape.size) == 2:

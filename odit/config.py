@@ -69,6 +69,8 @@ class Sampling:
     guidance: Guidance = field(default_factory=Guidance)
     clip: float | None = None
     """Clamps predicted clean pictures to [-clip, clip] (ddpm, ddim, dpm++)."""
+    graphs: bool = True
+    """Runs a model call as one CUDA graph where that is possible; pictures stay the same."""
 
 
 @dataclass(frozen=True)

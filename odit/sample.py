@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odit import checks, random, tree
+from odit import checks, graphs, random, tree
 from odit.config import Sampling
 from odit.data import BadSample, DataError, Dataset
 from odit.diffusion import guidance, solvers
@@ -45,23 +45,40 @@ def sample(
     """
     sampling = sampling or plan.run.sampling
     with torch.no_grad():
-        working = plan.inference(params)
+        params, ops = plan.inference(params)
+
+        def forward(x: Tensor, t_B: Tensor, y: tree.Tree) -> Tensor:
+            return plan.forward(params, x, t_B, y, ops=ops)
+
+        model = graphs.captured(forward) if graph_obstacle(plan, sampling) is None else forward
 
         def pictures(places_B: Tensor) -> Tensor:
             ids_B = (start + places_B).to(plan.device)
             conditions_B = tree.map(lambda c: c[places_B].to(plan.device), conditions_N)
-            return _sample_batch(plan, working, conditions_B, ids_B, key, sampling, progress)
+            return _sample_batch(plan, model, conditions_B, ids_B, key, sampling, progress)
 
         return spread(pictures, len(tree.leaves(conditions_N)[0]), plan.mesh.pictures, batch).float()
 
 
-def _sample_batch(plan, working, conditions_B, ids_B, key, sampling: Sampling, progress) -> Tensor:
-    shape = plan.shape.sample
-    (params, ops), g = working, sampling.guidance
+def graph_obstacle(plan: Plan, sampling: Sampling) -> str | None:
+    """Why a model call cannot be one CUDA graph; None where it can."""
+    if not sampling.graphs:
+        return "--sampling.no-graphs"
+    if plan.device.type != "cuda":
+        return f"the device is {plan.device.type}"
+    if plan.mesh.sp.size > 1:
+        return f"parallel.sp {plan.mesh.sp.size} passes tokens between ranks in each block"
+    if plan.layout.stage == 3 and plan.mesh.world > 1:
+        return "parallel.zero 3 gathers weights in each block"
+    return "weights are in host memory" if plan.home != plan.device else None
+
+
+def _sample_batch(plan, model, conditions_B, ids_B, key, sampling: Sampling, progress) -> Tensor:
+    shape, g = plan.shape.sample, sampling.guidance
     null_1, conditions_B = plan.front.embed(plan.null), plan.front.embed(conditions_B)
     scale = g.scale if plan.shape.conditional else 1.0
-    model = guidance.guided(
-        lambda x, t, y: plan.forward(params, x, t, y, ops=ops),
+    guided = guidance.guided(
+        model,
         conditions_B,
         tree.map(lambda c, null: null.expand(c.shape), conditions_B, null_1),
         scale=scale,
@@ -71,7 +88,7 @@ def _sample_batch(plan, working, conditions_B, ids_B, key, sampling: Sampling, p
     )
     drawn = solvers.sample(
         plan.objective,
-        model,
+        guided,
         random.normal(random.fold_in(key, "sample"), shape, ids_B),
         solver=checks.solver_of(sampling, plan.objective),
         steps=sampling.steps,

@@ -1,0 +1,55 @@
+"""A function without side effects as CUDA graphs: where few samples are drawn, launching kernels costs more than
+running them, and a graph is launched once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odit import tree
+
+WARM_UP = 2  # calls before a capture: libraries choose kernels and take workspaces in the first ones
+MOST = 4  # graphs that one function keeps; each holds the memory of a call
+
+
+def captured(fn: Callable[..., Tensor], record: Callable | None = None) -> Callable[..., Tensor]:
+    """``fn(*trees of tensors)`` by a graph a set of shapes, captured at its first call; no gradients.
+
+    What ``fn`` closes over (weights) must stay where it is. Results are copies, the caller's own.
+
+    Args:
+        record: ``record(run) -> (replay, result)``, which captures ``run()``; CUDA's unless given.
+    """
+    record, graphs = record or _record, {}
+
+    def call(*args: Any) -> Tensor:
+        leaves = tree.leaves(list(args))
+        shapes = tuple((tuple(x.shape), x.dtype, x.device) for x in leaves)
+        if shapes not in graphs:
+            if len(graphs) == MOST:
+                return fn(*args)
+            own = [x.clone() for x in leaves]  # a graph reads its inputs where they were
+            graphs[shapes] = own, record(lambda: fn(*tree.unflatten(list(args), own)))
+        own, (replay, result) = graphs[shapes]
+        torch._foreach_copy_(own, leaves)
+        replay()
+        return result.clone()
+
+    return call
+
+
+def _record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Captures a call on a stream of its own; its memory is the graph's until that is dropped."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph.replay, result
