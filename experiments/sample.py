@@ -19,11 +19,12 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from odit import checkpoint, checks, config, health, media, plan, random, record, sample, tree
+from odit import checks, config, health, media, plan, random, record, sample, source, tree
 from odit.encoders import config as frozen
 from odit.health import CheckpointError
 from odit.models.config import Shape
 from odit.parallel import mesh as meshes
+from odit.source import Foreign, Source
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Sample:
     """What to draw, from which weights."""
 
     checkpoint: Path
-    """Checkpoint folder, or weights file."""
+    """Checkpoint folder or weights file, a .pt of facebookresearch/DiT, or a folder of diffusers."""
     out: Path | None = None
     """The grid of all samples to write, whose metadata holds the recipe: .png (of clips some frames), .mp4 or .gif;
     samples.png, or samples.mp4 for clips, unless given."""
@@ -77,6 +78,8 @@ class Sample:
     """Compiles the blocks."""
     encoders: frozen.Config = field(default_factory=frozen.Config)
     """Where the run's encoders are now; what is not given is the run's own."""
+    foreign: Foreign = field(default_factory=Foreign)
+    """What a checkpoint of another project does not tell."""
     tensors: Path | None = None
     """Also writes the raw samples (N, C, H, W) fp32 to this safetensors file."""
 
@@ -90,11 +93,12 @@ def main(args: Sample) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
         health.same_everywhere(meshes.store(), rank, world, "command line", config.to_json(args))
-        run, shape = read_run(args, world)
+        found = source.open_source(args.checkpoint, args.weights, args.foreign)
+        run, shape = read_run(args, found, world), found.shape
         mesh = meshes.make_mesh(world, rank, **checks.axes(run, world))
         meshes.warm_up(mesh)
         composed = plan.compose(run, shape, mesh)
-        check_encoders(args, composed)
+        check_encoders(found, composed)
         if rank == 0 and composed.notes:
             print(*composed.notes, sep="\n")
         if rank == 0 and composed.device.type == "cuda":
@@ -106,7 +110,7 @@ def main(args: Sample) -> None:
             raise ValueError(f"fps is {args.fps} but {args.checkpoint} draws pictures: leave it out")
         for path in filter(None, (args.out, args.tensors)):
             path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work
-        params = checkpoint.load_weights(args.checkpoint, composed, args.weights)
+        params = found.load(composed)
         pictures = sample.sample(
             composed,
             params,
@@ -120,12 +124,9 @@ def main(args: Sample) -> None:
             print(f"{args.num} samples: {args.out}")
 
 
-def read_run(args: Sample, world: int) -> tuple[config.Run, Shape]:
-    """The run that wrote the weights, as it samples on ``world`` ranks, and the shape of its data."""
-    if not args.checkpoint.exists():
-        raise CheckpointError(f"checkpoint {args.checkpoint} does not exist")
-    about = checkpoint.read_about(args.checkpoint)
-    run, shape = plan.alone(config.from_json(config.Run, about["config"])), Shape(**about["shape"])
+def read_run(args: Sample, found: Source, world: int) -> config.Run:
+    """The run that wrote the weights, as it samples on ``world`` ranks."""
+    run, shape = found.run, found.shape
     sampling = sample.override(
         run.sampling,
         shape.conditional,
@@ -135,7 +136,7 @@ def read_run(args: Sample, world: int) -> tuple[config.Run, Shape]:
         interval=args.interval,
         channels=args.channels,
     )
-    run = dataclasses.replace(
+    return dataclasses.replace(
         run,
         encoders=override(run, args.encoders, shape),
         global_batch=world,  # nothing is trained here: a batch that any number of ranks divides
@@ -145,7 +146,6 @@ def read_run(args: Sample, world: int) -> tuple[config.Run, Shape]:
         compile=args.compile,
         parallel=config.Parallel(sp=args.sp, sequence=args.sequence, cfg=args.cfg),
     )
-    return run, shape
 
 
 def override(run: config.Run, given: frozen.Config, shape: Shape) -> frozen.Config:
@@ -157,21 +157,39 @@ def override(run: config.Run, given: frozen.Config, shape: Shape) -> frozen.Conf
     return dataclasses.replace(found, text_length=shape.text_length or found.text_length)
 
 
-def check_encoders(args: Sample, composed: plan.Plan) -> None:
+def check_encoders(found: Source, composed: plan.Plan) -> None:
     """Refuses encoders that the weights were not trained with, and says what is shown without an autoencoder."""
-    told = checkpoint.read_about(args.checkpoint).get("encoders", {})
-    for name, found in composed.front.fingerprints.items():
+    told = found.about.get("encoders")
+    if told is None:
+        check_sizes(found, composed)
+    for name, given in composed.front.fingerprints.items() if told is not None else ():
         if name not in told:
             raise CheckpointError(
-                f"encoders.{name} is given but checkpoint {args.checkpoint} was trained without one: leave it out"
+                f"encoders.{name} is given but checkpoint {found.path} was trained without one: leave it out"
             )
-        if found != told[name]:
+        if given != told[name]:
             raise CheckpointError(
-                f"encoders.{name}_path has the fingerprint {found} in {composed.run.encoders.precision}, checkpoint "
-                f"{args.checkpoint} was trained with {told[name]}: give that one, in the --encoders.precision it had"
+                f"encoders.{name}_path has the fingerprint {given} in {composed.run.encoders.precision}, checkpoint "
+                f"{found.path} was trained with {told[name]}: give that one, in the --encoders.precision it had"
             )
-    if "vae" in told and composed.front.vae is None and composed.mesh.rank == 0:
+    latents = found.shape.channels not in (1, 3) if told is None else "vae" in told
+    if latents and composed.front.vae is None and composed.mesh.rank == 0:
         print("no --encoders.vae and --encoders.vae-path to decode with: the first channel of latents is shown")
+
+
+def check_sizes(found: Source, composed: plan.Plan) -> None:
+    """Refuses encoders of other widths than the model's, where no fingerprint tells which ones it had."""
+    front, shape = composed.front, found.shape
+    if front.vae is not None and front.vae.channels != shape.channels:
+        raise CheckpointError(
+            f"encoders.vae_path has latents of {front.vae.channels} channels, checkpoint {found.path} draws "
+            f"{shape.channels}: give the one that it was trained with"
+        )
+    if front.text is not None and front.text_size != (shape.text_length, shape.text_width):
+        raise CheckpointError(
+            f"encoders.text_path makes captions of {front.text_size[1]} channels, checkpoint {found.path} reads "
+            f"{shape.text_width}: give the one that it was trained with"
+        )
 
 
 def choose(args: Sample, composed: plan.Plan) -> tuple[dict[str, list], tree.Tree]:

@@ -16,33 +16,22 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from odit import checkpoint, config, convert, finetune, param, random, tree
+from odit import config, finetune, param, random, tree
 from odit.checkpoint import Weights
 from odit.health import CheckpointError
-from odit.models.config import SIZES, Shape
+from odit.models.config import Shape
 from odit.plan import Plan
+from odit.source import Foreign, Source, open_source
 
 STRUCTURE = ("arch", "width", "depth", "heads", "patch", "frame_patch", "adaln", "qk_norm", "mlp")
 MEANING = (*STRUCTURE, "positions", "timestep_freqs", "mlp_eps")
 """Settings of a model that must be the same; the last ones show in no shape."""
 LISTED = 6  # names in a line
-
-
-class Source(NamedTuple):
-    """Weights, and what they say of the model they are of."""
-
-    weights: Weights
-    kind: str
-    model: dict[str, Any]
-    """The model's settings, as JSON."""
-    shape: Shape
-    objective: str | None
 
 
 class Fit(NamedTuple):
@@ -70,7 +59,7 @@ def start(plan: Plan, drawn: tree.Tree, key: random.Key) -> Start:
         CheckpointError: weights that cannot be read, or are of another model: both shapes, and the settings behind it.
         ValueError: a leaf that is drawn afresh and that finetune.train leaves as it is drawn.
     """
-    source = open_source(plan.run.init_from, plan.run.model.heads)
+    source = open_source(plan.run.init_from, foreign=Foreign(heads=plan.run.model.heads), setting="init_from")
     shapes, declared = source.weights.shapes, dict(tree.items(plan.declared))
     fits = {path: fit for path, fit in _fits(source, plan) if path in declared}
     fresh = [path for path in declared if path not in fits and _is_drawn(path, shapes.get(path), declared[path].shape)]
@@ -93,46 +82,6 @@ def start(plan: Plan, drawn: tree.Tree, key: random.Key) -> Start:
 
     params = tree.map_with_path(leaf, plan.declared, plan.layout.specs, drawn)
     return Start(params, [line, *_other_objective(source, plan)])
-
-
-def open_source(path: Path, heads: int) -> Source:
-    """Opens weights of any kind; ``heads`` is H where nothing tells it (facebookresearch/DiT of an unpublished width).
-
-    Raises CheckpointError or ValueError for what none of them is.
-    """
-    if not path.exists():
-        raise CheckpointError(f"init_from {path} does not exist: give a checkpoint, a weights file or a model's folder")
-    if path.is_dir() and (path / "ema.safetensors").exists():
-        raise CheckpointError(
-            f"init_from {path} is the folder of a run: give {path / 'ema.safetensors'}, or one of its checkpoints"
-        )
-    if (path / checkpoint.MANIFEST).exists() or path.suffix == ".safetensors":
-        about = checkpoint.read_about(path)
-        told = about.get("config", {})
-        if "shape" not in about:
-            raise CheckpointError(f"init_from {path} does not tell its shape: use weights that a run of odit wrote")
-        objective = _target(told.get("diffusion", {}))
-        weights = checkpoint.open_weights(path)
-        return Source(weights, f"step {about.get('step')}", told.get("model", {}), Shape(**about["shape"]), objective)
-    if path.is_dir():
-        return _converted(path, "diffusers", convert.load_diffusers(path))
-    state = convert.read_pt(path)
-    published = {width for _, width, _ in SIZES.values()}
-    width = len(state.get("x_embedder.proj.weight", ()))
-    found = convert.from_dit(state, None if width in published else heads)
-    return _converted(path, "facebookresearch/DiT", found)
-
-
-def _converted(path: Path, kind: str, found: tuple) -> Source:
-    params, cfg, shape = found
-    leaves = dict(tree.items(params))
-
-    def read(name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        box = leaves[name][tuple(slice(a, a + n) for a, n in zip(offsets, sizes))]
-        return box.to(torch.float32, copy=True).contiguous()
-
-    weights = Weights(path, {name: tuple(leaf.shape) for name, leaf in leaves.items()}, read)
-    return Source(weights, kind, config.to_json(cfg), shape, "eps")
 
 
 def _whole(weights: Weights, path: str) -> Tensor:
@@ -269,8 +218,9 @@ def _target(diffusion: dict[str, Any]) -> str | None:
 
 def _other_objective(source: Source, plan: Plan) -> list[str]:
     objective = _target(dataclasses.asdict(plan.run.diffusion))
-    if source.objective in (None, objective):
+    theirs = _target(source.diffusion)
+    if theirs in (None, objective):
         return []
     return [
-        f"init: these weights predict what diffusion.objective {source.objective} asks for, this run is {objective}"
+        f"init: these weights predict what diffusion.objective {theirs} asks for, this run is {objective}"
     ]

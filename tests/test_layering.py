@@ -13,7 +13,7 @@ PURE = {
 }
 BOTH_SIDES = {
     *("plan", "checks", "front", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"),
-    *("initial", "bench"),
+    *("initial", "source", "bench"),
 }
 ALLOWED = {
     "kernels": {"ops", "tree", "kernels"},

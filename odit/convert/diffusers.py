@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from odit import nn
 from odit.convert.parts import (
+    INSTEAD,
     KINDS,
     Part,
+    Table,
     dense,
     depth,
     outputs,
@@ -43,6 +47,8 @@ DEFAULTS = (
     EXPECTED | INTEGERS | {"out_channels": None, "norm_eps": 1e-5}
 )  # DiTTransformer2DModel.__init__, diffusers 0.42
 SAME_DEFAULT = ("dropout", "norm_eps", "out_channels")  # in Transformer2DModel too, see from_diffusers
+MOST = 1 << 16  # of any number in a config.json
+NULL = 1000  # class_null of DiTPipeline.__call__, diffusers 0.42, however many classes there are
 DROPOUT = 0.1  # of CombinedTimestepLabelEmbeddings: diffusers' label table always has a null row
 
 
@@ -80,7 +86,7 @@ def from_diffusers(state: dict[str, Tensor], config: dict[str, Any]) -> tuple[di
     shape = Shape(C, config["sample_size"], config["num_embeds_ada_norm"], outputs(config["out_channels"] or C, C))
     dit.check(cfg, shape)
     _, rows, columns = cfg.grid(shape.size)
-    tables = {"pos_embed.pos_embed": nn.sincos_2d(rows, columns, D)[None]}
+    tables = {"pos_embed.pos_embed": Table((1, rows * columns, D), lambda: nn.sincos_2d(rows, columns, D))}
     return read_parts(state, _parts(cfg, shape), cfg, shape, tables), cfg, shape
 
 
@@ -92,8 +98,8 @@ def check_config(config: dict, expected: dict, integers: dict | tuple, arch: str
                 f"config.json has {key} {config[key]!r} and a {KINDS[arch]} has {value!r}: no such model can be read"
             )
     for key in integers:
-        if type(config[key]) is not int or config[key] < 1:
-            raise ValueError(f"config.json has {key} {config[key]!r}: it must be a positive integer")
+        if type(config[key]) is not int or not 1 <= config[key] <= MOST:
+            raise ValueError(f"config.json has {key} {config[key]!r}: it must be a positive integer up to {MOST}")
     if not isinstance(config["norm_eps"], float):
         raise ValueError(f"config.json has norm_eps {config['norm_eps']!r}: it must be a number, such as 1e-5")
 
@@ -116,17 +122,7 @@ def to_diffusers(
     Raises:
         ValueError: what diffusers cannot represent; ``allow_other_timesteps`` lets timestep frequencies differ.
     """
-    refuse_pictures(cfg, shape, "diffusers", "diffusers", allow_other_timesteps)
-    if not cfg.label_dropout:
-        raise ValueError(
-            "diffusers' label table has a null label and model.label_dropout 0 has none: "
-            "train with --model.label-dropout 0.1, or export with to_dit"
-        )
-    if cfg.ffn != 4 * cfg.width:
-        raise ValueError(
-            f"diffusers' DiT has an ffn of 4 x width and model.mlp_ratio is {cfg.mlp_ratio}: "
-            f"train with --model.mlp-ratio 4, or export with to_dit"
-        )
+    refuse(cfg, shape, allow_other_timesteps)
     config = DEFAULTS | {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": cfg.heads,
@@ -140,6 +136,44 @@ def to_diffusers(
         "norm_eps": cfg.mlp_eps,
     }
     return write_parts(params, _parts(cfg, shape)), config
+
+
+def refuse(cfg: Config, shape: Shape, allow_other_timesteps: bool = False) -> None:
+    """Raises ValueError for what DiTTransformer2DModel cannot represent."""
+    refuse_pictures(cfg, shape, "diffusers", "diffusers", allow_other_timesteps)
+    if not cfg.label_dropout:
+        raise ValueError(
+            "diffusers' label table has a null label and model.label_dropout 0 has none: "
+            "train with --model.label-dropout 0.1, or export with to_dit"
+        )
+    if cfg.ffn != 4 * cfg.width:
+        raise ValueError(
+            f"diffusers' DiT has an ffn of 4 x width and model.mlp_ratio is {cfg.mlp_ratio}: "
+            f"train with --model.mlp-ratio 4, or export with to_dit"
+        )
+
+
+def pad_labels(params: dict, shape: Shape) -> tuple[dict, Shape]:
+    """Puts the null label where DiTPipeline looks for it, in row 1000: the rows between are copies of it.
+
+    Raises:
+        ValueError: more classes than that.
+    """
+    if shape.num_classes > NULL:
+        raise ValueError(
+            f"the model has {shape.num_classes} classes and DiTPipeline takes {NULL} for the null label: {INSTEAD}"
+        )
+    table_VD, num = params["label"]["w"], shape.num_classes
+    padded_VD = torch.cat([table_VD[:num], table_VD[num:].expand(NULL + 1 - num, -1)])
+    return {**params, "label": {"w": padded_VD}}, replace(shape, num_classes=NULL)
+
+
+def trim_labels(params: dict, shape: Shape, num: int) -> tuple[dict, Shape]:
+    """Undoes ``pad_labels`` for a model of ``num`` classes; leaves rows alone that are no copies."""
+    table_VD = params["label"]["w"]
+    if not 0 < num < shape.num_classes or not torch.equal(table_VD[num:-1], table_VD[-1:].expand_as(table_VD[num:-1])):
+        return params, shape
+    return {**params, "label": {"w": table_VD[: num + 1]}}, replace(shape, num_classes=num)
 
 
 def _parts(cfg: Config, shape: Shape) -> list[Part]:

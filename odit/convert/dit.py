@@ -6,9 +6,11 @@ import math
 
 from torch import Tensor
 
-from odit import nn
+from odit import diffusion, nn
 from odit.convert.parts import (
+    INSTEAD,
     Part,
+    Table,
     dense,
     depth,
     outputs,
@@ -59,7 +61,7 @@ def from_dit(
     )
     shape = Shape(C, (side * patch, side * patch), rows - (label_dropout > 0), outputs(width_out, patch**2 * C))
     dit.check(cfg, shape)
-    tables = {"pos_embed": nn.sincos_2d(side, side, D)[None]}
+    tables = {"pos_embed": Table((1, side * side, D), lambda: nn.sincos_2d(side, side, D))}
     return read_parts(state, _parts(cfg, shape), cfg, shape, tables), cfg, shape
 
 
@@ -78,6 +80,17 @@ def to_dit(params: dict, cfg: Config, shape: Shape, allow_other_timesteps: bool 
     side = shape.size[0] // cfg.patch
     table = nn.sincos_2d(side, side, cfg.width).to(params["patch"]["w"])
     return write_parts(params, _parts(cfg, shape)) | {"pos_embed": table[None]}
+
+
+def check_objective(cfg: diffusion.Config) -> None:
+    """Raises ValueError for what facebookresearch/DiT's code does not sample by: no tensor tells the objective."""
+    known = {"objective": ("eps",), "betas": (None, "linear"), "train_steps": (None, 1000)}
+    for name, served in known.items():
+        if (found := getattr(cfg, name)) not in served:
+            raise ValueError(
+                f"diffusion.{name} is {found} and facebookresearch/DiT samples by {served[-1]}, which its files do not "
+                f"tell: {INSTEAD}"
+            )
 
 
 def _parts(cfg: Config, shape: Shape) -> list[Part]:
@@ -109,4 +122,6 @@ def _heads(width: int) -> int:
         if published == width:
             return heads
     widths = sorted(width for _, width, _ in dit.SIZES.values())
-    raise ValueError(f"width {width} is none of the published {widths}, and no tensor tells the heads: pass heads=")
+    raise ValueError(
+        f"width {width} is none of the published {widths}, and no tensor tells the heads: pass heads= (--foreign.heads)"
+    )

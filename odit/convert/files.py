@@ -15,11 +15,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from odit.convert.diffusers import from_diffusers, to_diffusers
+from odit.convert.diffusers import from_diffusers, to_diffusers, trim_labels
 from odit.convert.latte import TEXT_LENGTH, from_diffusers_latte, to_diffusers_latte
 from odit.models.config import Config, Shape
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
+CONFIG, WEIGHTS, INDEX = "config.json", "diffusion_pytorch_model", "model_index.json"
 
 
 def read_pt(path: str | Path, which: Literal["ema", "model"] = "ema") -> dict[str, Tensor]:
@@ -37,13 +37,17 @@ def read_pt(path: str | Path, which: Literal["ema", "model"] = "ema") -> dict[st
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
-            claimed = sum(entry.file_size for entry in archive.infolist())
+            entries = archive.infolist()
     except zipfile.BadZipFile:
         raise ValueError(
             f"{path} is no .pt file of torch 1.6 or later, or is cut short: fetch it again, or load and save it once "
             f"with a current torch"
         ) from None
-    _fits(path, claimed, size)
+    if outside := [entry.filename for entry in entries if not _is_inside(entry.filename)]:
+        raise ValueError(
+            f"{path} names {outside[0]!r}, which lies outside it: it is crafted, and nothing of it was run"
+        )
+    _fits(path, sum(entry.file_size for entry in entries), size)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the "args" of DiT's checkpoints: a bare record
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -71,7 +75,7 @@ def read_pt(path: str | Path, which: Literal["ema", "model"] = "ema") -> dict[st
 
 def write_pt(path: str | Path, state: dict[str, Tensor]) -> None:
     """Writes a state dict as torch.save does, whole or not at all."""
-    _replace(
+    replace_file(
         Path(path), lambda temporary: torch.save({name: _own(tensor) for name, tensor in state.items()}, temporary)
     )
 
@@ -87,9 +91,9 @@ def save_diffusers(
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: _own(tensor, always=True) for name, tensor in state.items()}  # safetensors refuses shared memory
     metadata = {"format": "pt"}
-    _replace(folder / f"{WEIGHTS}.safetensors", lambda to: safetensors.torch.save_file(state, to, metadata))
+    replace_file(folder / f"{WEIGHTS}.safetensors", lambda to: safetensors.torch.save_file(state, to, metadata))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    _replace(folder / CONFIG, lambda temporary: temporary.write_text(text))
+    replace_file(folder / CONFIG, lambda temporary: temporary.write_text(text))
 
 
 def load_diffusers(folder: str | Path, text_length: int = TEXT_LENGTH) -> tuple[dict, Config, Shape]:
@@ -100,30 +104,91 @@ def load_diffusers(folder: str | Path, text_length: int = TEXT_LENGTH) -> tuple[
     Raises:
         ValueError: what is missing, broken, or neither a DiT nor a Latte.
     """
-    folder = Path(folder)
+    folder = outer = Path(folder)
     if not (folder / CONFIG).is_file() and (folder / "transformer" / CONFIG).is_file():
         folder = folder / "transformer"
-    weights, pickled = folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except OSError:
-        raise ValueError(f"{folder} has no {CONFIG}: it is no folder of a diffusers model") from None
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is no JSON ({error})") from None
-    if type(config) is not dict:
-        raise ValueError(f"{folder / CONFIG} holds a {type(config).__name__} and should hold an object")
-    if weights.is_file():
-        try:
-            state = safetensors.torch.load_file(weights)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{weights} is no safetensors file, or is broken ({error})") from None
-    elif pickled.is_file():
-        state = read_pt(pickled)
-    else:
-        raise ValueError(f"{folder} has neither {weights.name} nor {pickled.name}")
+    config = read_json(folder / CONFIG)
+    state = _read_state(folder)
     if config.get("_class_name") == "LatteTransformer3DModel":
         return from_diffusers_latte(state, config, text_length)
-    return from_diffusers(state, config)
+    params, cfg, shape = from_diffusers(state, config)
+    if names := class_names(outer):
+        params, shape = trim_labels(params, shape, len(names))
+    return params, cfg, shape
+
+
+def class_names(folder: str | Path) -> list[str] | None:
+    """The id2label of a DiTPipeline's folder, in the order of the classes; None where it has none.
+
+    Raises:
+        ValueError: one that is no list of names.
+    """
+    file = Path(folder) / INDEX
+    told = read_json(file).get("id2label") if file.is_file() else None
+    if told is None:
+        return None
+    keys = [str(n) for n in range(len(told))] if isinstance(told, dict) else []
+    if not keys or told.keys() != set(keys) or not all(isinstance(name, str) for name in told.values()):
+        raise ValueError(f"{file} has an id2label that does not name classes 0, 1, 2, ...: mend it or leave it out")
+    return [told[key] for key in keys]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object of a JSON file; raises ValueError for anything else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{file.parent} has no {file.name}: it is no folder of a diffusers model") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON ({error})") from None
+    if type(found) is not dict:
+        raise ValueError(f"{file} holds a {type(found).__name__} and should hold an object")
+    return found
+
+
+def _read_state(folder: Path) -> dict[str, Tensor]:
+    """The weights of a model's folder: one safetensors file, several by an index, or a pickle."""
+    whole, pickled = folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"
+    index = folder / f"{WEIGHTS}.safetensors.index.json"
+    if whole.is_file():
+        return _read_safetensors(whole)
+    if index.is_file():
+        return _read_parted(index)
+    if pickled.is_file():
+        return read_pt(pickled)
+    raise ValueError(f"{folder} has neither {whole.name} nor {index.name} nor {pickled.name}")
+
+
+def _read_parted(index: Path) -> dict[str, Tensor]:
+    """The tensors that an index finds in the files beside it; each must be where the index says."""
+    told = read_json(index).get("weight_map")
+    if not isinstance(told, dict) or not all(isinstance(name, str) for name in told.values()):
+        raise ValueError(f"{index} has no weight_map of tensors' names to files' names")
+    for name in told.values():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} names {name!r}, which is no safetensors file beside it: it is broken or crafted")
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(told.values())):
+        found = _read_safetensors(index.parent / name)
+        if missing := sorted(key for key, file in told.items() if file == name and key not in found):
+            raise ValueError(f"{index} finds {missing[0]} in {name}, which does not hold it")
+        state |= {key: tensor for key, tensor in found.items() if told.get(key) == name}
+    return state
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(file)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror or error})") from None
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file, or is broken ({error})") from None
+
+
+def _is_inside(name: str) -> bool:
+    """Whether an archive's entry would stay in the folder that it is unpacked in."""
+    parts = re.split(r"[/\\]", name)
+    return ".." not in parts and parts[0] != "" and ":" not in parts[0]
 
 
 def _fits(path: Path, claimed: int, size: int) -> None:
@@ -138,7 +203,8 @@ def _own(tensor: Tensor, always: bool = False) -> Tensor:
     return tensor if whole and not always else tensor.clone()
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file whole or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)

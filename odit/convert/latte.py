@@ -15,6 +15,7 @@ from odit.convert.diffusers import block_parts, check_config, num_layers
 from odit.convert.parts import (
     INSTEAD,
     Part,
+    Table,
     dense,
     outputs,
     ratio,
@@ -105,8 +106,8 @@ def from_diffusers_latte(
     model_config.check(cfg, shape)
     frames, rows, columns = cfg.grid(shape.size)
     tables = {
-        "pos_embed.pos_embed": nn.sincos_2d(rows, columns, D)[None],
-        "temp_pos_embed": nn.sincos_1d(torch.arange(frames), D)[None],
+        "pos_embed.pos_embed": Table((1, rows * columns, D), lambda: nn.sincos_2d(rows, columns, D)),
+        "temp_pos_embed": Table((1, frames, D), lambda: nn.sincos_1d(torch.arange(frames), D)),
     }
     return read_parts(state, _parts(cfg, shape), cfg, shape, tables), cfg, shape
 
@@ -139,7 +140,7 @@ def to_diffusers_latte(
     Raises:
         ValueError: what diffusers cannot represent; ``allow_other_timesteps`` lets timestep frequencies differ.
     """
-    _refuse(cfg, shape, allow_other_timesteps)
+    refuse(cfg, shape, allow_other_timesteps)
     config = DEFAULTS | EXPECTED
     config |= {
         "_class_name": "LatteTransformer3DModel",
@@ -158,7 +159,8 @@ def to_diffusers_latte(
     return write_parts(params, _parts(cfg, shape)), config
 
 
-def _refuse(cfg: Config, shape: Shape, allow_other_timesteps: bool) -> None:
+def refuse(cfg: Config, shape: Shape, allow_other_timesteps: bool = False) -> None:
+    """Raises ValueError for what LatteTransformer3DModel cannot represent."""
     target = "diffusers' Latte"
     plain = {"arch": "latte", "adaln": "single", "text": "cross", "qk_norm": False, "positions": "sincos"}
     refuse_options(cfg, target, plain | {"mlp": "gelu", "frame_patch": 1, "mlp_eps": EPS})

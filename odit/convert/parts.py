@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,13 @@ from odit.models.config import Config, Shape
 
 KINDS = {"dit": "DiT", "latte": "Latte"}
 INSTEAD = "use odit's own weights file"
+
+
+class Table(NamedTuple):
+    """A fixed position table that a file may hold: (1, num, D), made where it is compared (fp64)."""
+
+    shape: tuple[int, int, int]
+    make: Callable[[], Tensor]
 
 
 class Part(NamedTuple):
@@ -47,10 +55,10 @@ def write_parts(params: dict, parts: list[Part]) -> dict[str, Tensor]:
 
 
 def read_parts(
-    state: dict[str, Tensor], parts: list[Part], cfg: Config, shape: Shape, tables: dict[str, Tensor]
+    state: dict[str, Tensor], parts: list[Part], cfg: Config, shape: Shape, tables: dict[str, Table]
 ) -> dict:
     """The parameters that ``parts`` say; each tensor must be there with its shape, and none more but the fixed position
-    ``tables``, which must be those given (fp64)."""
+    ``tables``, which must be those given."""
     found: dict[str, list[tuple[Part, Tensor]]] = {}
     for part in parts:
         tensor = read(state, part.name, len(part.shape))
@@ -82,12 +90,12 @@ def _one_leaf(group: list[tuple[Part, Tensor]]) -> Tensor:
     return tensor
 
 
-def _check_table(found: Tensor, table: Tensor, name: str) -> None:
+def _check_table(found: Tensor, table: Table, name: str) -> None:
     if found.shape != table.shape:
-        raise ValueError(f"{name} has shape {tuple(found.shape)} and should have {tuple(table.shape)}")
+        raise ValueError(f"{name} has shape {tuple(found.shape)} and should have {table.shape}")
     # Entries are at most 1: half an epsilon of rounding, and as much for a library's own sine.
     bound = max(torch.finfo(found.dtype).eps, torch.finfo(torch.float32).eps)
-    error = (found.double() - table.to(found.device)).abs().max().item()
+    error = (found.double() - table.make()[None].to(found.device)).abs().max().item()
     if not error <= bound:
         raise ValueError(
             f"{name} differs by {error:.2g} from the sine-cosine table of {table.shape[1]} positions, where rounding "
@@ -145,7 +153,8 @@ def refuse_timesteps(cfg: Config, target: str, freqs: str, allow_other_timesteps
     if cfg.timestep_freqs != freqs and not allow_other_timesteps:
         raise ValueError(
             f"model.timestep_freqs is {cfg.timestep_freqs} and {target} computes those of {freqs}, so that its outputs "
-            f"will differ: pass allow_other_timesteps=True to accept that, or train with --model.timestep-freqs {freqs}"
+            "will differ: pass allow_other_timesteps=True (--allow-other-timesteps) to accept that, or train with "
+            f"--model.timestep-freqs {freqs}"
         )
 
 
