@@ -366,6 +366,23 @@ def test_the_fingerprint_tells_the_autoencoder_in_the_dtype_it_served_in(vae, tm
     assert_same(kept, AutoencoderKL.from_pretrained(vae).state_dict())
 
 
+def test_what_schedulers_tell(tmp_path):
+    """A bound on x_0 is the default of some classes and of no other; a transformer alone is taken for eps."""
+    folder = folder_of(tmp_path)
+    file = folder / SCHEDULER
+    for told, clip, objective in (
+        ({"_class_name": "DDIMScheduler"}, 1.0, "eps"),
+        ({"_class_name": "DDPMScheduler", "clip_sample_range": 2}, 2.0, "eps"),
+        ({"_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "sample"}, None, "x0"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "v_prediction"}, None, "v"),
+    ):
+        file.write_text(json.dumps(told))
+        run = sources.open_source(folder).run
+        assert (run.sampling.clip, run.diffusion.objective, run.diffusion.train_steps) == (clip, objective, 1000)
+    run = sources.open_source(folder / "transformer").run
+    assert (run.sampling.clip, run.diffusion) == (None, diffusion.Config("eps", variance="learned"))
+
+
 # --- files of others that are broken or crafted ---
 
 
@@ -421,6 +438,7 @@ FOLDERS = {
     "predicts": (lambda f: edited(f, SCHEDULER, prediction_type="flow"), "prediction_type 'flow': only epsilon"),
     "betas": (lambda f: edited(f, SCHEDULER, beta_schedule="scaled_linear"), "beta_schedule 'scaled_linear': only"),
     "beta": (lambda f: edited(f, SCHEDULER, beta_end=0.03), "beta_end 0.03"),
+    "kind": (lambda f: edited(f, SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler"), "is of a FlowMatch"),
     "steps": (lambda f: edited(f, SCHEDULER, num_train_timesteps=10**9), "num_train_timesteps 1000000000"),
     "trained": (lambda f: edited(f, SCHEDULER, trained_betas=[0.1]), "trained_betas, which odit does not have"),
     "no config": (lambda f: (f / "transformer" / "config.json").unlink(), "neither odit's manifest.json nor"),

@@ -16,7 +16,15 @@ from odit.models.config import Config, Shape
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 CLASSES = {"dit": ("DiTPipeline", "DiTTransformer2DModel"), "latte": ("LattePipeline", "LatteTransformer3DModel")}
 PREDICTS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-DEFAULTS = {  # DDIMScheduler.__init__, diffusers 0.42; those of DDPMScheduler are the same
+CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # that bound x_0 unless told
+GAUSSIAN = (
+    *CLIPPING,
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+DEFAULTS = {  # DDIMScheduler.__init__, diffusers 0.42; the other ones have the same, but for clip_sample
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
     "beta_end": 0.02,
@@ -76,7 +84,10 @@ def read_scheduler(folder: str | Path, shape: Shape) -> tuple[diffusion.Config, 
     variance = "learned" if shape.outputs == 2 else "fixed-large"
     if not file.is_file():
         return diffusion.Config("eps", variance=variance), None
-    config = DEFAULTS | read_json(file)
+    told = read_json(file)
+    if (kind := told.get("_class_name", CLIPPING[0])) not in GAUSSIAN:
+        raise ValueError(f"{file} is of a {kind}: give the folder of the transformer alone, which is taken for eps")
+    config = DEFAULTS | {"clip_sample": kind in CLIPPING} | told
     predicts = {theirs: mine for mine, theirs in PREDICTS.items()}
     schedules = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
     for key, known in (("prediction_type", predicts), ("beta_schedule", schedules)):
