@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, LatteTransformer3DModel
 
-from odit import convert, models, tree
+from odit import convert, models, nn, tree
 from odit.models import dit
 
 CFG = dit.Config(width=24, depth=2, heads=3, patch=2)
@@ -612,6 +612,21 @@ def test_hostile_pickle_does_act_on_a_careless_reader(tmp_path):
     torch.save({"a": Hostile(tmp_path / "owned")}, tmp_path / "a.pt")
     torch.load(tmp_path / "a.pt", weights_only=False)["a"].close()
     assert (tmp_path / "owned").exists()
+
+
+def test_position_tables_are_made_where_a_file_has_them(monkeypatch):
+    """A size that only config.json tells may be any: no table of it is made."""
+    state, found = convert.to_diffusers(drawn(DIFFUSERS, SHAPE), DIFFUSERS, SHAPE)
+    monkeypatch.setattr(nn, "sincos_2d", None)
+    _, _, shape = convert.from_diffusers(state, found | {"sample_size": 1 << 16})
+    assert shape.size == (1 << 16, 1 << 16)
+    with pytest.raises(ValueError, match=r"pos_embed.pos_embed has shape \(1, 16, 24\) and should have \(1, 107"):
+        convert.from_diffusers(
+            state | {"pos_embed.pos_embed": torch.zeros(1, 16, 24)}, found | {"sample_size": 1 << 16}
+        )
+    for number in (0, -1, 1.0, True, (1 << 16) + 1):
+        with pytest.raises(ValueError, match=r"sample_size .* a positive integer up to 65536"):
+            convert.from_diffusers(state, found | {"sample_size": number})
 
 
 FOLDERS = [
