@@ -378,7 +378,7 @@ def test_what_schedulers_tell(tmp_path):
     ):
         file.write_text(json.dumps(told))
         run = sources.open_source(folder).run
-        assert (run.sampling.clip, run.diffusion.objective, run.diffusion.train_steps) == (clip, objective, 1000)
+        assert (run.sampling.clip, run.diffusion.objective, run.diffusion.train_steps) == (clip, objective, None)
     run = sources.open_source(folder / "transformer").run
     assert (run.sampling.clip, run.diffusion) == (None, diffusion.Config("eps", variance="learned"))
 

@@ -99,7 +99,8 @@ def read_scheduler(folder: str | Path, shape: Shape) -> tuple[diffusion.Config, 
     steps, betas = config["num_train_timesteps"], schedules[config["beta_schedule"]]
     if type(steps) is not int or not 2 <= steps <= 100_000:
         raise ValueError(f"{file} has num_train_timesteps {steps!r}: it must be an integer, such as 1000")
-    found = diffusion.Config(predicts[config["prediction_type"]], betas, variance, steps)
+    plain = {"betas": None if betas == "linear" else betas, "train_steps": None if steps == 1000 else steps}
+    found = diffusion.Config(predicts[config["prediction_type"]], variance=variance, **plain)
     diffusion.check(found)
     for key, mine in zip(("beta_start", "beta_end"), _ends(steps)):
         value = config[key]
