@@ -62,7 +62,7 @@ def main(args: Export) -> None:
             raise ValueError(
                 f"encoders.vae is {run.encoders.vae} and diffusers' pipelines decode by AutoencoderKL alone"
             )
-    autoencoder = load_vae(args, found, run) if args.vae_path is not None else None
+    autoencoder = load_vae(args, args.vae_path, found, run) if args.vae_path is not None else None
     params, run = whole(found, run)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.to == "odit":
@@ -107,16 +107,16 @@ def about(found: Source, run: config.Run) -> dict[str, Any]:
     return {**kept, "config": config.to_json(run), "finetune": found.about.get("config", {}).get("finetune")}
 
 
-def load_vae(args: Export, found: Source, run: config.Run) -> Any:
+def load_vae(args: Export, path: str, found: Source, run: config.Run) -> Any:
     """The autoencoder as a module; raises ValueError for one that is not the model's or that pipelines read otherwise.
 
     DiTPipeline and LattePipeline divide latents by scaling_factor and know no shift and no value a channel.
     """
     if draws_pixels(found, run):
         raise ValueError(f"vae_path is given but checkpoint {args.checkpoint} draws pixels: leave it out")
-    place, given = frozen.find(args.vae_path, "vae", "vae_path"), vae.load("kl", args.vae_path)
+    place, given = frozen.find(path, "vae", "vae_path"), vae.load("kl", path)
     if told := found.about.get("encoders", {}).get("vae"):
-        prints = (vae.load("kl", args.vae_path, dtype).fingerprint for dtype in plan.DTYPES.values())
+        prints = (vae.load("kl", path, dtype).fingerprint for dtype in plan.DTYPES.values())
         if told not in prints:  # it was taken in the dtype in which it served
             raise CheckpointError(
                 f"vae_path has the fingerprint {given.fingerprint}, checkpoint {args.checkpoint} was trained with "
@@ -131,7 +131,7 @@ def load_vae(args: Export, found: Source, run: config.Run) -> Any:
         raise ValueError("vae_path shifts latents, or scales them a channel, and diffusers' pipelines do neither")
     import diffusers
 
-    return frozen.load_module(diffusers.AutoencoderKL, place, "vae_path", torch_dtype=torch.float32)
+    return frozen.load_module(getattr(diffusers, vae.CLASSES["kl"]), place, "vae_path", torch_dtype=torch.float32)
 
 
 def draws_pixels(found: Source, run: config.Run) -> bool:

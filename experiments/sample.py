@@ -162,7 +162,16 @@ def check_encoders(found: Source, composed: plan.Plan) -> None:
     told = found.about.get("encoders")
     if told is None:
         check_sizes(found, composed)
-    for name, given in composed.front.fingerprints.items() if told is not None else ():
+    else:
+        check_fingerprints(found, told, composed)
+    latents = found.shape.channels not in (1, 3) if told is None else "vae" in told
+    if latents and composed.front.vae is None and composed.mesh.rank == 0:
+        print("no --encoders.vae and --encoders.vae-path to decode with: the first channel of latents is shown")
+
+
+def check_fingerprints(found: Source, told: dict[str, str], composed: plan.Plan) -> None:
+    """Refuses encoders that are not those of the run, by what it told of them."""
+    for name, given in composed.front.fingerprints.items():
         if name not in told:
             raise CheckpointError(
                 f"encoders.{name} is given but checkpoint {found.path} was trained without one: leave it out"
@@ -172,9 +181,6 @@ def check_encoders(found: Source, composed: plan.Plan) -> None:
                 f"encoders.{name}_path has the fingerprint {given} in {composed.run.encoders.precision}, checkpoint "
                 f"{found.path} was trained with {told[name]}: give that one, in the --encoders.precision it had"
             )
-    latents = found.shape.channels not in (1, 3) if told is None else "vae" in told
-    if latents and composed.front.vae is None and composed.mesh.rank == 0:
-        print("no --encoders.vae and --encoders.vae-path to decode with: the first channel of latents is shown")
 
 
 def check_sizes(found: Source, composed: plan.Plan) -> None:

@@ -221,6 +221,4 @@ def _other_objective(source: Source, plan: Plan) -> list[str]:
     theirs = _target(source.diffusion)
     if theirs in (None, objective):
         return []
-    return [
-        f"init: these weights predict what diffusion.objective {theirs} asks for, this run is {objective}"
-    ]
+    return [f"init: these weights predict what diffusion.objective {theirs} asks for, this run is {objective}"]

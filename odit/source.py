@@ -62,10 +62,9 @@ class Source:
     @functools.cached_property
     def shape(self) -> Shape:
         """What the model is built around; raises CheckpointError where that is not told."""
-        told = self.about.get("shape")
         try:
-            return Shape(**told)
-        except TypeError:
+            return Shape(**self.about["shape"])
+        except (KeyError, TypeError):
             raise CheckpointError(
                 f"{self.path} does not tell its shape: use weights that a run of odit wrote"
             ) from None

@@ -15,7 +15,7 @@ from odit.models.config import Config, Shape
 
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 CLASSES = {"dit": ("DiTPipeline", "DiTTransformer2DModel"), "latte": ("LattePipeline", "LatteTransformer3DModel")}
-PREDICTS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+PREDICTS: dict[Any, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # that bound x_0 unless told
 GAUSSIAN = (
     *CLIPPING,
@@ -87,7 +87,7 @@ def read_scheduler(folder: str | Path, shape: Shape) -> tuple[diffusion.Config, 
     told = read_json(file)
     if (kind := told.get("_class_name", CLIPPING[0])) not in GAUSSIAN:
         raise ValueError(f"{file} is of a {kind}: give the folder of the transformer alone, which is taken for eps")
-    config = DEFAULTS | {"clip_sample": kind in CLIPPING} | told
+    config: dict[str, Any] = DEFAULTS | {"clip_sample": kind in CLIPPING} | told
     predicts = {theirs: mine for mine, theirs in PREDICTS.items()}
     schedules = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
     for key, known in (("prediction_type", predicts), ("beta_schedule", schedules)):
