@@ -9,6 +9,7 @@ import os
 import resource
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ def main(run: config.Run) -> None:
             say(composed, f"already at step {state.step} of {stop}: nothing to do")
             return
         recorder = stack.enter_context(record.Recorder(run, state.step) if rank == 0 else record.Silent())
-        state = loop(composed, dataset, state, key, recorder, stop, watch)
+        with checkpoint.Saver(composed, run.checkpoint_async) as saver:
+            state = loop(composed, dataset, state, key, recorder, stop, watch, saver)
         say(composed, f"{run.out}: step {state.step} of {run.steps} after {time.monotonic() - began:.0f} s")
         if state.step == run.steps:
             finish(composed, dataset, state, recorder)
@@ -97,12 +99,32 @@ def restore(composed: plan.Plan, dataset: data.Dataset) -> train.TrainState | No
                 "or use another --out"
             )
         return None
-    everybody = composed.mesh.all
-    path = collectives.broadcast_object(
-        everybody, checkpoint.find(run.resume, run.out) if everybody.rank == 0 else None
-    )
+    broken: list[Path] = []
+    while True:
+        path = checkpoint.on_rank_0(composed.mesh.all, lambda: wanted(composed, dataset, broken))
+        if path is None:
+            say(composed, f"resume latest: no checkpoint in {run.out}, starting at step 0")
+            return None
+        try:
+            state, _ = checkpoint.load(path, composed)
+            break
+        except health.Damaged as error:
+            if run.resume != "latest":
+                raise
+            if composed.mesh.rank == 0:
+                checkpoint.step_back(error)
+            broken.append(path)
+    if composed.mesh.rank == 0:
+        checkpoint.set_aside(run.out, state.step)
+    say(composed, f"resumed from {path} at step {state.step}")
+    return state
+
+
+def wanted(composed: plan.Plan, dataset: data.Dataset, broken: list[Path]) -> Path | None:
+    """The checkpoint that ``--resume`` means, where this run may go on from it; ``broken`` ones aside."""
+    run = composed.run
+    path = checkpoint.find(run.resume, run.out, broken)
     if path is None:
-        say(composed, f"resume latest: no checkpoint in {run.out}, starting at step 0")
         return None
     if checkpoint.steps(run.out) and path.resolve().parent != (run.out / "checkpoints").resolve():
         raise ValueError(f"resume {path} would go on in {run.out}, which holds another run: use another --out")
@@ -123,12 +145,7 @@ def restore(composed: plan.Plan, dataset: data.Dataset) -> train.TrainState | No
                 f"{path} was written with {name} {theirs}, this run has {mine}, and that changes what it means: "
                 "use that value, or start a new run from its weights with --init-from"
             )
-    state, _ = checkpoint.load(path, composed)
-    collectives.barrier(everybody)  # everybody has read it
-    if composed.mesh.rank == 0:
-        checkpoint.set_aside(run.out, state.step)
-    say(composed, f"resumed from {path} at step {state.step}")
-    return state
+    return path
 
 
 def fresh(composed: plan.Plan, key: random.Key) -> train.TrainState:
@@ -142,7 +159,7 @@ def fresh(composed: plan.Plan, key: random.Key) -> train.TrainState:
     return state._replace(params=params, ema=tree.map(torch.clone, params))
 
 
-def loop(composed, dataset, state, key, recorder, stop, watch) -> train.TrainState:
+def loop(composed, dataset, state, key, recorder, stop, watch, saver) -> train.TrainState:
     """Steps from ``state`` to ``stop``."""
     run, step = composed.run, train.make_step(composed)
     batches = loader.batches(
@@ -165,6 +182,7 @@ def loop(composed, dataset, state, key, recorder, stop, watch) -> train.TrainSta
     try:
         for batch in batches:
             state, metrics = step(state, batch, key)
+            saver.at_step(state.step)
             bad_streak = bad_streak + 1 if "bad" in metrics else 0
             if "bad" in metrics and composed.mesh.rank == 0:
                 tqdm.write(f"step {state.step}: {metrics['bad']} is not finite; the update was skipped")
@@ -182,7 +200,7 @@ def loop(composed, dataset, state, key, recorder, stop, watch) -> train.TrainSta
                 bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:.0f} samples/s{text}")
             paused = time.monotonic()
             watch.rest()
-            periodic(composed, dataset, state, recorder, stop)
+            periodic(composed, dataset, state, recorder, stop, saver)
             watch.beat()
             mark += time.monotonic() - paused
     finally:
@@ -223,7 +241,7 @@ def on_bad(path: str, reason: str) -> None:
     tqdm.write(f"skipped {path}: {reason}")
 
 
-def periodic(composed, dataset, state, recorder, stop) -> None:
+def periodic(composed, dataset, state, recorder, stop, saver) -> None:
     """Validation, pictures and checkpoints, when they are due."""
     run, last = composed.run, state.step == stop
     if (state.step % run.validate_every == 0 or last) and len(dataset.held_out_ids):
@@ -234,7 +252,7 @@ def periodic(composed, dataset, state, recorder, stop) -> None:
     if state.step % run.sample_every == 0 or last:
         recorder.pictures(state.step, grid(composed, dataset, state), columns(composed))
     if state.step % run.checkpoint_every == 0 or last:
-        checkpoint.save(composed, state, about(composed, dataset, state))
+        saver.save(state, about(composed, dataset, state))
 
 
 def grid(composed: plan.Plan, dataset: data.Dataset, state: train.TrainState):

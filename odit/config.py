@@ -100,6 +100,8 @@ class Run:
     """Steps between lines of metrics."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always has one."""
+    checkpoint_async: bool = True
+    """Writes checkpoints beside training, from a copy of the state in host memory; else training waits for them."""
     keep: int = 2
     """Newest checkpoints that are kept."""
     sample_every: int = 1000
@@ -267,6 +269,7 @@ def _three_billion() -> Run:
         out=Path("runs/dit-3b-2"),
         global_batch=32,
         precision="bf16",
+        checkpoint_async=False,  # a second copy of its state is 48 GB of host memory
         model=models.Config(width=2304, depth=32, heads=32, patch=2),
         optimizer=optim.Config(lr=1e-4, clip=1.0, ema_decay=0.9999, ema_warmup=False),
         parallel=Parallel(zero=3, remat="block", offload="optimizer"),
@@ -305,7 +308,8 @@ def presets() -> dict[str, tuple[str, Run]]:
 
 # Settings that a resumed run may change: none of them changes what the run means. (ring_fp8 rounds what is computed.)
 FREE = {
-    *("out", "stop_at", "micro_batch", "resume", "init_from", "replay", "log_every", "checkpoint_every", "keep"),
+    *("out", "stop_at", "micro_batch", "resume", "init_from", "replay", "log_every", "checkpoint_every"),
+    *("checkpoint_async", "keep"),
     *("sample_every", "validate_every", "validation_draws", "grad_norms", "evaluate", "progress", "kernels", "compile"),
     *("device", "threads", "sampling", "data.workers", "data.path", "finetune.strict"),
     *("encoders.text_path", "encoders.vae", "encoders.vae_path", "encoders.place"),  # their fingerprints are compared

@@ -36,6 +36,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used, and why."""
 
 
+class Damaged(CheckpointError):
+    """A checkpoint that is not as it was written."""
+
+
 class NumericError(ValueError):
     """Numbers that went bad for good, and where."""
 

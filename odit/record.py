@@ -18,6 +18,7 @@ from torch import Tensor
 import odit
 from odit import media
 from odit.config import Run, to_json
+from odit.storage import whole, write_json
 
 
 class Recorder:
@@ -126,16 +127,8 @@ def cut_metrics(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def about() -> dict[str, Any]:

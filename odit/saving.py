@@ -1,0 +1,411 @@
+"""Writing checkpoints: every rank its file, then rank 0 the manifest, then a rename that makes them one checkpoint.
+
+The order is what a crash or a power cut at any moment meets:
+  a hidden folder; each rank's file in it, forced to the disk; when all are, the manifest; the folder's names; the
+  rename to ``step_*``; the names beside it. Only then older checkpoints go, each renamed to a hidden name first.
+What ranks tell one another on the way goes through the job's store, in no collective, so that a thread can write while
+training runs. Whatever fails on one rank fails the save on all of them, with the same sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from odit import manifest, shards, tree
+from odit.health import Damaged
+from odit.manifest import FORMAT, MANIFEST, Box, Entry, Piece
+from odit.parallel import mesh as meshes
+from odit.parallel import sequence
+from odit.plan import Plan
+from odit.storage import DISK, Disk, StorageError, failure, make_folders, remove_tree, write_file
+from odit.train import TrainState
+
+ROLES = ("param", "adamw.m", "adamw.v", "ema")
+CLAIMABLE = "".join(strategy.claims for strategy in sequence.STRATEGIES.values())
+PART = 1 << 20  # characters that go through the store at once
+
+
+class Job(NamedTuple):
+    """What is to be written: the state's pieces that this rank owns, by tensor, and what the manifest tells beside."""
+
+    out: Path
+    keep: int
+    step: int
+    about: dict[str, Any]
+    entries: dict[str, Entry]
+    """All tensors of all ranks, without pieces."""
+    boxes: dict[str, Box]
+    pieces: dict[str, torch.Tensor]
+
+
+def save(plan: Plan, state: TrainState, about: dict[str, Any], disk: Disk = DISK) -> Path:
+    """Writes ``out/checkpoints/step_*`` whole or not at all, then deletes all but the ``keep`` newest; on all ranks.
+
+    A whole checkpoint of that step is left as it is: config, seed and data say what is in it.
+
+    Args:
+        about: what the manifest tells beside the tensors, such as config and data fingerprint.
+    Raises:
+        StorageError: on all ranks, where one of them cannot write.
+    """
+    axis = plan.layout.axis
+    return write(job(plan, state, about), Talk(meshes.store(), axis.rank, axis.size), disk)
+
+
+def job(plan: Plan, state: TrainState, about: dict[str, Any]) -> Job:
+    """What ``save`` writes; its tensors are the state's own."""
+    rank, entries, boxes, pieces = plan.layout.axis.rank, {}, {}, {}
+    for role, t in zip(ROLES, (state.params, state.opt.m, state.opt.v, state.ema)):
+        leaves = zip(tree.items(t), tree.leaves(plan.declared), tree.leaves(plan.layout.specs))
+        for (path, leaf), p, spec in leaves:
+            name = f"{role}/{path}"
+            cell = manifest.cell_shape(p.shape, tuple(letter in CLAIMABLE for letter in p.dims))
+            entries[name] = Entry(tuple(p.shape), cell, ())
+            if spec.owns(rank):
+                assert leaf.dtype == torch.float32, f"{name} is {leaf.dtype}"
+                boxes[name], pieces[name] = Box(spec.offsets(p.shape, rank), tuple(leaf.shape)), leaf.detach()
+    counts = {"step": state.step, "updates": int(state.opt.count), "loss_scale": list(state.loss_scale)}
+    return Job(plan.run.out, plan.run.keep, state.step, {"format": FORMAT, **counts, **about}, entries, boxes, pieces)
+
+
+# ----------------------------------------------------------------------------------------------- what ranks tell others
+
+
+class Talk:
+    """What the ranks of one save tell one another, by name, through the job's store; alone, through a dict.
+
+    Ranks make their talks in the same order, so that the store can count them.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int):
+        self.rank, self.size, self.alone = rank, size, {}
+        self.store = store if size > 1 else None
+        self.name = f"checkpoint/{store.add(f'checkpoint/{rank}', 1)}" if size > 1 else ""
+
+    def over(self, store: Any) -> Talk:
+        """The same talk over another connection, for a thread."""
+        other = object.__new__(Talk)
+        other.__dict__ = {**self.__dict__, "store": store if self.store is not None else None}
+        return other
+
+    def tell(self, name: str, value: Any) -> None:
+        """Tells a JSON value."""
+        text = json.dumps(value)
+        if self.store is None:
+            self.alone[name] = text
+            return
+        parts = [text[i : i + PART] for i in range(0, len(text), PART)]
+        for number, part in enumerate(parts):
+            self.store.set(f"{self.name}/{name}/{number}", part)
+        self.store.set(f"{self.name}/{name}", str(len(parts)))
+
+    def hear(self, name: str, what: str) -> Any:
+        """What was told; raises RanksLost where nobody tells it in the time that a step may take (ODIT_TIMEOUT_S)."""
+        if self.store is None:
+            return json.loads(self.alone[name])
+        if not meshes.wait_for(self.store, f"{self.name}/{name}", meshes.patience_s()):
+            raise meshes.RanksLost(f"rank {self.rank} waited {meshes.patience_s():g} s for {what}")
+        num = int(self.store.get(f"{self.name}/{name}"))
+        return json.loads("".join(self.store.get(f"{self.name}/{name}/{i}").decode() for i in range(num)))
+
+    def forget(self, name: str) -> None:
+        """Removes what was told from the store; nobody will ask again."""
+        if self.store is not None:
+            for number in range(int(self.store.get(f"{self.name}/{name}"))):
+                self.store.delete_key(f"{self.name}/{name}/{number}")
+
+
+# ------------------------------------------------------------------------------------------------------------- one save
+
+
+def write(job: Job, talk: Talk, disk: Disk = DISK) -> Path:
+    """Writes a checkpoint; called by all ranks, in any thread of theirs. Raises StorageError on all of them."""
+    root = job.out / "checkpoints"
+    final, temporary = root / f"step_{job.step:08d}", root / f".step_{job.step:08d}.tmp"
+    needed = shards.size_of(job.pieces)
+
+    def attempt(fn: Callable[[], Any]) -> dict[str, Any]:
+        """{"done": result}, or {"error": sentence}: what every rank will raise."""
+        try:
+            return {"done": fn()}
+        except OSError as error:
+            return {"error": failure(error, final, needed, disk)}
+        except Exception as error:
+            return {"error": f"{final} was not written ({type(error).__name__} on rank {talk.rank}: {error})"}
+
+    if talk.rank == 0:
+        talk.tell("begun", attempt(lambda: begin(final, temporary, disk)))
+    if _done(talk.hear("begun", "rank 0 to make a checkpoint's folder")) == "there":
+        return final
+    talk.tell(f"written/{talk.rank}", attempt(lambda: _write_pieces(job, talk, temporary, disk)))
+    if talk.rank == 0:
+        heard = {f"written/{r}": f"rank {r} to write its part of a checkpoint" for r in range(talk.size)}
+        told = [talk.hear(name, what) for name, what in heard.items()]
+        for name in heard:
+            talk.forget(name)
+        verdict = next((one for one in told if "error" in one), None)
+        verdict = verdict or attempt(lambda: _commit(job, [one["done"] for one in told], temporary, final, disk))
+        if "error" in verdict:
+            with contextlib.suppress(OSError):
+                remove_tree(temporary, disk)
+        talk.tell("verdict", verdict)
+    _done(talk.hear("verdict", "rank 0 to commit a checkpoint"))
+    return final
+
+
+def _done(told: dict[str, Any]) -> Any:
+    if "error" in told:
+        raise StorageError(told["error"])
+    return told["done"]
+
+
+def begin(final: Path, temporary: Path, disk: Disk) -> str:
+    """Makes the hidden folder, and clears away what killed saves and deletions left; 'there' for a step that is."""
+    make_folders(final.parent, disk)
+    for name in sorted(os.listdir(final.parent)):
+        if re.fullmatch(r"\.(step|abandoned_step)_\d+\.(tmp|old)", name):
+            remove_tree(final.parent / name, disk)
+    if is_whole(final):
+        return "there"
+    disk.make_folder(temporary)
+    return "made"
+
+
+def _write_pieces(job: Job, talk: Talk, folder: Path, disk: Disk) -> dict[str, Any]:
+    """Writes this rank's file; returns its name, size and hashes, and {tensor: [offsets, shape, cells' hashes]}."""
+    name = f"state-{talk.rank:05d}-of-{talk.size:05d}.safetensors"
+    file = shards.write_tensors(folder / name, job.pieces, disk=disk)
+    pieces = {
+        tensor: [*job.boxes[tensor], manifest.hash_cells(job.entries[tensor].cell, job.boxes[tensor], x)]
+        for tensor, x in job.pieces.items()
+    }
+    return {"name": name, "file": file._asdict(), "pieces": pieces}
+
+
+def _commit(job: Job, told: list[dict[str, Any]], temporary: Path, final: Path, disk: Disk) -> None:
+    """Writes the manifest, gives the folder its name, and deletes what is too old."""
+    found: dict[str, list[Piece]] = {name: [] for name in job.entries}
+    for one in told:
+        for name, (offsets, shape, hashes) in one["pieces"].items():
+            found[name].append(Piece(one["name"], Box(tuple(offsets), tuple(shape)), hashes))
+    entries = {name: entry._replace(pieces=tuple(found[name])) for name, entry in job.entries.items()}
+    for name, entry in entries.items():
+        manifest.check_cover(temporary / MANIFEST, name, entry)
+    tensors = {name: manifest.tell(entry) for name, entry in entries.items()}
+    files = {one["name"]: one["file"] for one in told}
+    text = manifest.to_bytes({**job.about, "tensors": tensors, "files": files})
+    write_file(temporary / MANIFEST, [text], disk)
+    disk.sync_path(temporary)
+    delete(final, disk)  # what has that name and is not whole
+    disk.rename(temporary, final)
+    disk.sync_path(final.parent)
+    kept = [step for step in steps(job.out) if step <= job.step and is_whole(folder_of(job.out, step))]
+    for step in kept[: -job.keep]:
+        delete(folder_of(job.out, step), disk)
+
+
+# ---------------------------------------------------------------------------------------------------------- the folders
+
+
+def folder_of(out: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return out / "checkpoints" / f"step_{step:08d}"
+
+
+def steps(out: Path) -> list[int]:
+    """Steps that have a checkpoint, rising."""
+    found = (
+        re.fullmatch(r"step_(\d{8,})", p.name) for p in (out / "checkpoints").glob("step_*") if (p / MANIFEST).exists()
+    )
+    return sorted(int(match[1]) for match in found if match)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a manifest is there as it was written, and all files with their sizes; what is read is held to hashes."""
+    try:
+        manifest.read(folder)
+    except Damaged:
+        return False
+    return True
+
+
+def delete(folder: Path, disk: Disk = DISK) -> None:
+    """Deletes a checkpoint; renames first, so that a half-deleted one never looks like one."""
+    if not os.path.lexists(folder):
+        return
+    doomed = folder.with_name(f".{folder.name}.old")
+    remove_tree(doomed, disk)
+    disk.rename(folder, doomed)
+    remove_tree(doomed, disk)
+
+
+def set_aside(out: Path, step: int, disk: Disk = DISK) -> None:
+    """Renames the checkpoints after ``step`` to ``abandoned_*``: a run that goes on from there has another future."""
+    for later in [s for s in steps(out) if s > step]:
+        aside = folder_of(out, later).with_name(f"abandoned_{folder_of(out, later).name}")
+        delete(aside, disk)
+        disk.rename(folder_of(out, later), aside)
+        disk.sync_path(aside.parent)
+
+
+# ----------------------------------------------------------------------------------------------- saving beside training
+
+
+class Saver:
+    """Saves of one run. In the background: a copy of the state is taken, and a thread writes it while training goes on.
+
+    One save is in flight at most; an error of it is raised on all ranks after the same step (``at_step``), or where it
+    is waited for: by the next save, and when this context ends.
+    """
+
+    def __init__(self, plan: Plan, background: bool, disk: Disk = DISK):
+        self.plan, self.disk = plan, disk
+        self.store, axis = meshes.store(), plan.layout.axis
+        self.rank, self.size = axis.rank, axis.size
+        self.copies = Copies(plan) if background else None
+        # a connection of the thread's own: one that waits is blocked
+        self.thread_store = self.store.clone() if background and self.size > 1 else None
+        self.flight: Flight | None = None
+
+    def save(self, state: TrainState, about: dict[str, Any]) -> None:
+        """Saves a state, or starts to; raises StorageError of this save or of the one before."""
+        self.settle()
+        found, talk = job(self.plan, state, about), Talk(self.store, self.rank, self.size)
+        if self.copies is None:
+            write(found, talk, self.disk)
+            return
+        copied, ready = self.copies.take(found)
+        self.flight = Flight(talk)
+        self.flight.start(self._background, copied, ready, talk.over(self.thread_store))
+
+    def _background(self, copied: Job, ready: Callable[[], None], talk: Talk) -> None:
+        ready()
+        write(copied, talk, self.disk)
+
+    def at_step(self, step: int) -> None:
+        """Looks, after a step, whether the save in flight has ended; raises its error after the same step on all ranks.
+
+        Rank 0 announces the next step as the one at which all of them look: no other rank ends that step before rank 0
+        has begun it. Others ask the store once a step while a save is in flight.
+        """
+        if self.flight is None:
+            return
+        if self.size > 1:
+            if self.rank == 0 and self.flight.ended() and not self.flight.announced:
+                self.flight.announced = True
+                self.store.set(f"{self.flight.talk.name}/settled", str(step + 1))
+            key = f"{self.flight.talk.name}/settled"
+            due = self.store.check([key]) and int(self.store.get(key)) <= step
+        else:
+            due = self.flight.ended()
+        if due:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits for the save in flight; raises its error."""
+        flight, self.flight = self.flight, None
+        if flight is not None:
+            flight.join()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.settle()
+        elif isinstance(error, Exception) and not (isinstance(error, meshes.RanksLost) or meshes.broken(error)):
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                self.settle()
+        if self.copies is not None and self.flight is None:
+            self.copies.release()
+
+
+class Flight:
+    """A save in flight: its thread and, when that has ended, its error."""
+
+    def __init__(self, talk: Talk):
+        self.talk, self.announced = talk, False
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    def start(self, fn: Callable, *args: Any) -> None:
+        """Runs ``fn(*args)`` in a thread."""
+
+        def run() -> None:
+            try:
+                fn(*args)
+            except Exception as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def ended(self) -> bool:
+        """Whether nothing is to be waited for."""
+        return not self.thread.is_alive()
+
+    def join(self) -> None:
+        """Waits for the end; raises the error."""
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+
+
+class Copies:
+    """Host memory for a copy of what this rank owns of a state, kept from save to save.
+
+    Page-locked for a GPU, where copies run on a stream of their own; training's next kernels wait for them, the host
+    does not. A thread makes the memory meanwhile: locking it takes some tenths of a second a GiB.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan, self.device = plan, plan.device
+        self.side = torch.cuda.Stream(plan.device) if plan.device.type == "cuda" else None
+        self.flat: torch.Tensor | None = None
+        self.maker = threading.Thread(target=self._make, name="checkpoint memory", daemon=True)
+        self.maker.start()
+
+    def _make(self) -> None:
+        rank, size = self.plan.layout.axis.rank, 0
+        for p, spec in zip(tree.leaves(self.plan.declared), tree.leaves(self.plan.layout.specs)):
+            size += len(ROLES) * spec.owns(rank) * torch.Size(spec.local_shape(p.shape)).numel()
+        flat = torch.empty(size)
+        if self.side is not None and size:
+            # not pin_memory: that rounds sizes up to powers of two
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), 4 * size, 0))
+        self.flat = flat
+
+    def take(self, job: Job) -> tuple[Job, Callable[[], None]]:
+        """The job with copies of its tensors, and what waits until they are made."""
+        self.maker.join()
+        assert self.flat is not None, "no memory for a copy of the state: use --no-checkpoint-async"
+        slots = self.flat.split([x.numel() for x in job.pieces.values()])
+        copies = {name: slot.view(x.shape) for (name, x), slot in zip(job.pieces.items(), slots)}
+        if self.side is None:
+            for name, x in job.pieces.items():
+                copies[name].copy_(x)
+            return job._replace(pieces=copies), lambda: None
+        now = torch.cuda.current_stream(self.device)
+        self.side.wait_stream(now)
+        with torch.cuda.stream(self.side):
+            for name, x in job.pieces.items():
+                copies[name].copy_(x, non_blocking=True)
+            done = self.side.record_event()
+        now.wait_event(done)  # or the next update would overtake the copy
+        return job._replace(pieces=copies), done.synchronize
+
+    def release(self) -> None:
+        """Gives the memory back."""
+        self.maker.join()
+        if self.side is not None and self.flat is not None and self.flat.numel():
+            torch.cuda.cudart().cudaHostUnregister(self.flat.data_ptr())
+        self.flat = None
