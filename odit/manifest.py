@@ -89,23 +89,16 @@ class Manifest(NamedTuple):
 def cell_shape(shape: tuple[int, ...], claimable: tuple[bool, ...]) -> tuple[int, ...]:
     """Shape of a tensor's cells: about ``CELL`` bytes of fp32, with rims where ranks are likely to cut.
 
-    A dim that strategies may claim is cut first, into a divisor of 24 (so that 2, 3, 4, 6, 8, ... ranks find whole
-    cells); then the others from the first on, as ZeRO cuts them.
+    A dim that strategies may claim is cut first, then the others from the first on, as ZeRO cuts them: into what the
+    size has of 24, so that 2, 3, 4, 6, 8, ... ranks find whole cells, or of 8 behind a claimable dim, and multiples.
     """
     cell = list(shape)
     for dim in sorted(range(len(shape)), key=lambda dim: not claimable[dim]):
-        if 4 * math.prod(cell) > CELL:
-            cell[dim] = shape[dim] // _parts(shape[dim], 4 * math.prod(cell), claimable[dim])
+        rims = math.gcd(shape[dim], 8 if any(claimable[:dim]) else 24)
+        if (nbytes := 4 * math.prod(cell)) > CELL:
+            enough = (n for n in range(rims, shape[dim], rims) if shape[dim] % n == 0 and nbytes <= n * CELL)
+            cell[dim] = shape[dim] // (rims if claimable[dim] else next(enough, shape[dim]))
     return tuple(cell)
-
-
-def _parts(size: int, nbytes: int, claimable: bool) -> int:
-    """Into how many equal parts a dim is cut that spans so many bytes."""
-    rims = math.gcd(size, 8 if claimable else 24)
-    if claimable:
-        return rims
-    enough = (n for n in range(rims, size, rims) if size % n == 0 and nbytes <= n * CELL)
-    return next(enough, size)
 
 
 def cells(cell: tuple[int, ...], box: Box) -> Iterator[Box]:
