@@ -1,0 +1,368 @@
+"""Writing whole or not at all: what a power cut, a full disk or a failing one leaves of a save."""
+
+import errno
+import os
+import random
+import subprocess
+import threading
+
+import pytest
+import states
+
+from odit import checkpoint, health, record, saving, storage
+from odit.storage import Disk, StorageError
+
+SMALL = {name: states.DECLARED[name] for name in ("scalar", "prime", "two")}
+BEFORE, NEW = 7, 9
+LAYOUT = {"zero": 2, "keep": 1, "declared": SMALL}  # keep 1: the one before is deleted in the same save
+CALLS = ("create", "write", "sync", "close", "sync_path", "make_folder", "rename", "remove", "remove_folder")
+
+
+def newest(out):
+    """The step of the newest checkpoint, which is read whole; every folder that looks like one must be."""
+    assert all(saving.is_whole(saving.folder_of(out, step)) for step in saving.steps(out))
+    path = checkpoint.find("latest", out)
+    if path is None:
+        return None
+    composed = states.plan_of(out, declared=SMALL)
+    state, _ = checkpoint.read(path, composed)
+    assert states.is_state(composed, state, state.step)
+    return state.step
+
+
+# --------------------------------------------------------------------------------------------------------- a power cut
+
+
+class File:
+    """What is written of a file, and what of it is on the disk."""
+
+    def __init__(self):
+        self.now, self.forced = b"", b""
+
+
+class Folder:
+    """Names in a folder, and those that are on the disk."""
+
+    def __init__(self):
+        self.now, self.forced = {}, {}
+
+
+class Volatile(Disk):
+    """A disk that loses in a power cut what was not forced to it; writes below ``root`` as any other besides.
+
+    After each call ``look(self)`` is called.
+    """
+
+    def __init__(self, root, look=lambda disk: None):
+        self.root, self.top, self.look = root, Folder(), look
+        self.open, self.lock = {}, threading.RLock()
+
+    def at(self, path):
+        node = self.top
+        for name in path.relative_to(self.root).parts:
+            node = node.now[name]
+        return node
+
+    def force_all(self, node=None):
+        node = node or self.top
+        node.forced = dict(node.now) if isinstance(node, Folder) else node.now
+        for child in node.now.values() if isinstance(node, Folder) else ():
+            self.force_all(child)
+
+    def create(self, path):
+        handle = super().create(path)
+        self.open[handle] = self.at(path.parent).now[path.name] = File()
+        return handle
+
+    def write(self, handle, data):
+        super().write(handle, data)
+        self.open[handle].now += bytes(data)
+
+    def sync(self, handle):
+        self.open[handle].forced = self.open[handle].now
+
+    def close(self, handle):
+        super().close(handle)
+        del self.open[handle]
+
+    def sync_path(self, path):
+        node = self.at(path)
+        node.forced = dict(node.now) if isinstance(node, Folder) else node.now
+
+    def make_folder(self, path):
+        super().make_folder(path)
+        self.at(path.parent).now[path.name] = Folder()
+
+    def rename(self, old, new):
+        super().rename(old, new)
+        self.at(new.parent).now[new.name] = self.at(old.parent).now.pop(old.name)
+
+    def remove(self, path):
+        super().remove(path)
+        del self.at(path.parent).now[path.name]
+
+    def remove_folder(self, path):
+        super().remove_folder(path)
+        del self.at(path.parent).now[path.name]
+
+    def after_cut(self, root, names, data):
+        """Puts what a power cut leaves below ``root``: ``names(folder)`` and ``data(file)`` choose what was in time."""
+
+        def put(path, node):
+            if isinstance(node, File):
+                path.write_bytes(data(node))
+                return
+            path.mkdir()
+            for name, child in names(node).items():
+                put(path / name, child)
+
+        put(root, self.top)
+
+
+def watched(name):
+    def call(disk, *args):
+        with disk.lock:
+            result = getattr(Volatile, name)(disk, *args)
+            disk.look(disk)
+            return result
+
+    return call
+
+
+class Watched(Volatile):
+    """Looks after every call."""
+
+
+for call in CALLS:
+    setattr(Watched, call, watched(call))
+
+CUTS = {
+    "forced alone": (lambda draws, f: f.forced, lambda draws, f: f.forced),
+    "names are quick, data late": (lambda draws, f: f.now, lambda draws, f: f.forced),
+    "data is torn": (lambda draws, f: f.now, lambda draws, f: f.forced or f.now[: len(f.now) // 2]),
+    "data is quick, names late": (lambda draws, f: f.forced, lambda draws, f: f.now),
+    "as it comes": (lambda draws, f: draws.choice([f.now, f.forced]), lambda draws, f: draws.choice([f.now, f.forced])),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_power_cut_at_any_moment_of_a_save(tmp_path, world, cut):
+    """The newest checkpoint is the one before or the new one; the new one from the moment on in which save returns."""
+    root, left, found = tmp_path / "disk", tmp_path / "left", []
+    root.mkdir()
+    draws, looking = random.Random(cut), False
+    names, data = CUTS[cut]
+
+    def look(disk):
+        if looking:
+            state = left / str(len(found))
+            disk.after_cut(state, lambda f: names(draws, f), lambda f: data(draws, f))
+            found.append(newest(state / "run"))
+
+    left.mkdir()
+    disk = Watched(root, look)
+    assert states.save(root / "run", BEFORE, world, [disk] * world, **LAYOUT) == [
+        saving.folder_of(root / "run", BEFORE)
+    ] * world
+    disk.after_cut(left / "first", lambda f: f.forced, lambda f: f.forced)
+    assert newest(left / "first" / "run") == BEFORE
+    looking = True
+    assert states.save(root / "run", NEW, world, [disk] * world, **LAYOUT)[0].name == f"step_{NEW:08d}"
+    assert found[0] == BEFORE and found[-1] == NEW and found == sorted(found) or cut == "as it comes", found
+    assert set(found) == {BEFORE, NEW} and found[-1] == NEW
+
+
+# ----------------------------------------------------------------------------------------------- disks that fail, or are full
+
+
+class Failing(Disk):
+    """Fails at its n-th call and, if it stays ill, at all later ones; counts calls."""
+
+    def __init__(self, at=None, code=errno.EIO, ill=False):
+        self.at, self.code, self.ill, self.count = at, code, ill, 0
+
+    def come(self):
+        self.count += 1
+        if self.at is not None and (self.count == self.at or (self.ill and self.count > self.at)):
+            raise OSError(self.code, os.strerror(self.code))
+
+
+def failing(name):
+    def call(disk, *args):
+        if name != "close":
+            disk.come()
+        return None if name in ("sync", "sync_path") else getattr(Disk, name)(disk, *args)
+
+    return call
+
+
+for call in CALLS:
+    setattr(Failing, call, failing(call))
+
+
+@pytest.mark.parametrize("ill", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_call_that_fails_fails_the_save_on_all_ranks(tmp_path, rank, ill):
+    out = tmp_path / "run"
+    counted = [Failing(), Failing()]
+    states.save(out, BEFORE, 2, counted, **LAYOUT)
+    for at in range(1, counted[rank].count + 3):
+        disks = [Failing(at if r == rank else None, ill=ill) for r in range(2)]
+        first, second = states.save(out, NEW, 2, disks, **LAYOUT)
+        if disks[rank].count < at:
+            break  # there was no such call
+        assert isinstance(first, StorageError) and isinstance(second, StorageError) and str(first) == str(second)
+        assert "EIO: Input/output error" in str(first) and str(out) in str(first) and "\n" not in str(first)
+        assert newest(out) in (BEFORE, NEW)
+        if newest(out) == NEW:  # only the deletion of the one before failed
+            saving.delete(saving.folder_of(out, NEW))
+            states.save(out, BEFORE, 2, **LAYOUT)
+    else:
+        pytest.fail("there are more calls than were counted")
+    assert states.save(out, NEW, 2, **LAYOUT)[0] == saving.folder_of(out, NEW)
+    assert os.listdir(out / "checkpoints") == [f"step_{NEW:08d}"]
+
+
+class Full(Disk):
+    """Has room for some bytes."""
+
+    def __init__(self, room):
+        self.room, self.lock = room, threading.Lock()
+
+    def write(self, handle, data):
+        with self.lock:
+            fits = min(self.room, len(data))
+            self.room -= fits
+        super().write(handle, memoryview(data)[:fits])
+        if fits < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def free(self, path):
+        return self.room
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_full_disk_at_twenty_levels(tmp_path, world):
+    out = tmp_path / "run"
+    states.save(out, BEFORE, world, **LAYOUT)
+    size = sum(file.stat().st_size for file in saving.folder_of(out, BEFORE).iterdir())
+    for level in range(20):
+        found = states.save(out, NEW, world, [Full(size * level // 20)] * world, **LAYOUT)
+        assert all(isinstance(error, StorageError) for error in found) and len({str(error) for error in found}) == 1
+        pattern = r"step_00000009 cannot be written \(ENOSPC: No space left on device\): \d+ bytes are needed, \d+ are free"
+        with pytest.raises(StorageError, match=pattern):
+            raise found[0]
+        assert newest(out) == BEFORE and os.listdir(out / "checkpoints") == [f"step_{BEFORE:08d}"]
+    assert health.exit_code(found[0]) == 6
+    states.save(out, NEW, world, [Full(size + 100)] * world, **LAYOUT)
+    assert newest(out) == NEW
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """A small file system in memory, where this user may mount one."""
+    folder = tmp_path / "tmpfs"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_tmpfs_at_twenty_levels(tmpfs):
+    out = tmpfs / "run"
+    states.save(out, BEFORE, 2, **LAYOUT)
+    (tmpfs / "last").write_bytes(bytes(4096))
+    failed = 0
+    for level in range(20):
+        room = 1024 * level * 2
+        with open(tmpfs / "filling", "wb") as file:
+            free = Disk().free(tmpfs) - room
+            file.write(bytes(max(0, free)))
+        found = states.save(out, NEW, 2, **LAYOUT)
+        (tmpfs / "filling").unlink()
+        if isinstance(found[0], StorageError):
+            failed += 1
+            assert "ENOSPC" in str(found[0]) and str(found[0]) == str(found[1]) and newest(out) == BEFORE
+        else:
+            assert newest(out) == NEW
+            saving.delete(saving.folder_of(out, NEW))
+            states.save(out, BEFORE, 2, **LAYOUT)
+    assert failed > 5
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOENT, errno.ESTALE, errno.EACCES])
+def test_storage_that_is_read_only_or_gone(tmp_path, code):
+    out = tmp_path / "run"
+    states.save(out, BEFORE, **LAYOUT)
+    (error,) = states.save(out, NEW, disks=[Failing(1, code, ill=True)], **LAYOUT)
+    assert isinstance(error, StorageError) and errno.errorcode[code] in str(error) and newest(out) == BEFORE
+
+
+def test_an_error_that_is_not_the_disks_fails_all_ranks_too(tmp_path):
+    class Wrong(Disk):
+        def write(self, handle, data):
+            raise RuntimeError("a mistake")
+
+    found = states.save(tmp_path, NEW, 2, [Disk(), Wrong()], **LAYOUT)
+    assert [str(error) for error in found] == 2 * [
+        f"{saving.folder_of(tmp_path, NEW)} was not written (RuntimeError on rank 1: a mistake)"
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------------- the parts
+
+
+def test_only_whole_checkpoints_count_for_retention(tmp_path):
+    for step in (3, 5, 7):
+        states.save(tmp_path, step, **(LAYOUT | {"keep": 9}))
+    for step in (5, 7):
+        (saving.folder_of(tmp_path, step) / "state-00000-of-00001.safetensors").unlink()
+    states.save(tmp_path, 9, **(LAYOUT | {"keep": 2}))
+    assert {3, 9} <= set(saving.steps(tmp_path))
+    states.save(tmp_path, 11, **(LAYOUT | {"keep": 2}))
+    assert 3 not in saving.steps(tmp_path) and {9, 11} <= set(saving.steps(tmp_path))
+
+
+def test_a_step_that_is_there_stays_and_a_broken_one_is_replaced(tmp_path):
+    (path,) = states.save(tmp_path, 9, **LAYOUT)
+    before = (path / "manifest.json").stat()
+    states.save(tmp_path, 9, **LAYOUT)
+    assert (path / "manifest.json").stat().st_ino == before.st_ino
+    (path / "state-00000-of-00001.safetensors").unlink()
+    states.save(tmp_path, 9, **LAYOUT)
+    assert newest(tmp_path) == 9 and os.listdir(tmp_path / "checkpoints") == ["step_00000009"]
+
+
+def test_what_killed_saves_left_is_cleared_away(tmp_path):
+    for name in (".step_00000005.tmp", ".step_00000003.old", ".abandoned_step_00000004.old"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "x").write_text("x")
+    (tmp_path / "checkpoints" / ".mine").mkdir()
+    states.save(tmp_path, 9, **LAYOUT)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == [".mine", "step_00000009"]
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    record.write_json(path, {"a": 1})
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    for at in range(1, 6):
+        with pytest.raises(OSError):
+            storage.write_json(path, {"a": 2}, disk=Failing(at))
+        assert path.read_text() in ('{\n  "a": 1\n}\n', '{\n  "a": 2\n}\n') and os.listdir(tmp_path) == ["a.json"]
+    with pytest.raises(TypeError):
+        storage.write_json(path, {"a": object()})
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_removing_follows_no_link(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "x").write_text("x")
+    (tmp_path / "gone" / "below").mkdir(parents=True)
+    (tmp_path / "gone" / "below" / "link").symlink_to(tmp_path / "kept")
+    storage.remove_tree(tmp_path / "gone")
+    storage.remove_tree(tmp_path / "never there")
+    assert os.listdir(tmp_path) == ["kept"] and (tmp_path / "kept" / "x").exists()
