@@ -103,11 +103,22 @@ def cell_shape(shape: tuple[int, ...], claimable: tuple[bool, ...]) -> tuple[int
 
 def cells(cell: tuple[int, ...], box: Box) -> Iterator[Box]:
     """What a box has of each cell, in row-major order of the cells."""
+    for _, part in numbered_cells(cell, box, box):
+        yield part
+
+
+def numbered_cells(cell: tuple[int, ...], box: Box, within: Box) -> Iterator[tuple[int, Box]]:
+    """What a box of whole cells has of each, and that cell's number among all of the piece ``within``."""
     if not all(box.shape):
         return
-    rows = [[(max(a, i), min(a + n, i + c)) for i in range(a // c * c, a + n, c)] for a, n, c in zip(*box, cell)]
-    for rims in itertools.product(*rows):
-        yield Box(tuple(low for low, _ in rims), tuple(high - low for low, high in rims))
+    number, rows = 1, []
+    for a, b, p, q, c in reversed(list(zip(box.offsets, box.ends, within.offsets, within.ends, cell))):
+        starts = range(a // c * c, b, c)
+        rows.append([((i // c - p // c) * number, max(a, i), min(b, i + c) - max(a, i)) for i in starts])
+        number *= -(-q // c) - p // c
+    for rims in itertools.product(*reversed(rows)):
+        numbers, low, shape = zip(*rims) if rims else ((), (), ())
+        yield sum(numbers), Box(low, shape)
 
 
 def whole_cells(cell: tuple[int, ...], box: Box, within: Box) -> Box:

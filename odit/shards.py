@@ -102,9 +102,7 @@ class Reader:
             raise Damaged(f"{name} in {path} cannot be read: {error}") from None
 
     def _check(self, name: str, cell: tuple[int, ...], piece: Piece, box: Box, x: torch.Tensor) -> None:
-        for number, part in enumerate(manifest.cells(cell, piece.box)):
-            if part.common(box) is None:
-                continue
+        for number, part in manifest.numbered_cells(cell, box, piece.box):
             told = piece.hashes[manifest.DIGITS * number : manifest.DIGITS * (number + 1)]
             if manifest.hash_of(manifest.as_bytes(x[part.within(box)])) != told:
                 raise Damaged(

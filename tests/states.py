@@ -22,10 +22,10 @@ DECLARED = {
     "two": param.Param((2, 3), "DX", param.zeros),
     "blocks": [
         {
-            "qkv": param.Param((3, 6, 2, 5), "3HKD", param.zeros),
-            "out": param.Param((8, 6, 2), "DHK", param.zeros),
+            "qkv": param.Param((3, 6, 2), "3HD", param.zeros),
+            "out": param.Param((8, 6), "DH", param.zeros),
             "fc": param.Param((24,), "F", param.zeros),
-            "odd": param.Param((11, 8), "XD", param.zeros),
+            "odd": param.Param((5, 8), "XD", param.zeros),
         }
     ],
 }
