@@ -2,8 +2,8 @@
 
 A program of its own because it forks, which a process with threads should not. Each point is a child whose threads are
 the ranks of one save. Either all of them die in the moment in which a rank begins (or is half through) an operation; or
-that rank alone, and the others when they all wait for it; or all at a random time. Then the newest checkpoint that loads
-must be the one before or the new one, bit for bit. Retention keeps one, so that the one before is deleted meanwhile.
+that rank alone, and the others when they all wait for it; or all at a random time. Then the newest checkpoint that
+loads must be the one before or the new one, bit for bit. Retention keeps one, so the one before is deleted meanwhile.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import states
 
-from odit import checkpoint
+from odit import checkpoint, saving
 from odit.storage import Disk
 
 BEFORE, NEW, NEXT = 7, 9, 11
@@ -113,6 +113,8 @@ def killed_after(out, world, seconds):
 
 def loads(out):
     """(step of the newest checkpoint that loads or None, whether all its bits are right)."""
+    if not all(saving.is_whole(saving.folder_of(out, step)) for step in saving.steps(out)):
+        return None, False  # something looks like a checkpoint and is none
     path = checkpoint.find("latest", out)
     if path is None:
         return None, False
@@ -142,7 +144,8 @@ def main():
         base, out = args.folder / f"base{world}", args.folder / "run"
         os.waitpid(child(lambda base=base, world=world: states.save(base, BEFORE, world, zero=2)), 0)
         shutil.copytree(base, out)
-        names = count(out, world)
+        began = time.monotonic()
+        names, seconds = count(out, world), time.monotonic() - began
         shutil.rmtree(out)
         points = [
             (killed, (world, rank, at, half, alone))
@@ -152,7 +155,7 @@ def main():
             if name == "write" or not half
             if world > 1 or not alone
         ][:: args.every]
-        points += [(killed_after, (world, draws.uniform(0, 0.03))) for _ in range(args.random)]
+        points += [(killed_after, (world, draws.uniform(0, 1.2 * seconds))) for _ in range(args.random)]
         for number, (kill, what) in enumerate(points):
             shutil.copytree(base, out)
             kill(out, *what)

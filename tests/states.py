@@ -88,7 +88,7 @@ def is_state(composed, state: train.TrainState, step: int) -> bool:
 
 
 class Store:
-    """A job's store between threads; ``stuck`` is called when all live ranks wait for what nobody will tell, or none is."""
+    """A job's store between threads; ``stuck`` is called when all live ranks wait for what nobody will tell."""
 
     def __init__(self, world: int, stuck=lambda: None):
         self.values, self.changed = {}, threading.Condition()

@@ -31,7 +31,7 @@ def written(tmp_path_factory):
     return folders[0], *found
 
 
-# ------------------------------------------- kinds of damage: (draws, files, stale files) -> what is changed, by file name
+# ---------------------------------------- kinds of damage: (draws, files, stale files) -> what is changed, by file name
 
 
 def told_of(files):
@@ -449,14 +449,18 @@ DAMAGE = {
     "both: shape": resealed_header(other_shape),
     "both: names exchanged": resealed_header(exchanged_names),
 }
-TENSOR = {"both: a tensor renamed", "both: dtype", "both: shape", "both: names exchanged", "file: a bit of data"} | {
-    f"manifest: {what}"
-    for what in (
-        *("gap", "overlap", "a piece twice", "a piece outside", "a piece before the start", "pieces exchanged"),
-        *("hashes exchanged", "no hashes", "a tensor renamed", "roles exchanged", "a tensor missing", "transposed"),
-        *("dtype", "cells"),
-    )
-} | {"file: pieces exchanged", "file: of another step", "file: some zeros"}
+TENSOR = (
+    {"both: a tensor renamed", "both: dtype", "both: shape", "both: names exchanged", "file: a bit of data"}
+    | {
+        f"manifest: {what}"
+        for what in (
+            *("gap", "overlap", "a piece twice", "a piece outside", "a piece before the start", "pieces exchanged"),
+            *("hashes exchanged", "no hashes", "a tensor renamed", "roles exchanged", "a tensor missing", "transposed"),
+            *("dtype", "cells"),
+        )
+    }
+    | {"file: pieces exchanged", "file: of another step", "file: some zeros"}
+)
 
 
 def put(folder: Path, name: str, what) -> None:
@@ -480,7 +484,7 @@ def restore(folder: Path, files: dict, names) -> None:
 
 
 def damaged(written, kind: str, times: int, seed=0):
-    """(what was done, the step that was loaded or the error) of so many damages of a kind; what is changed is undone."""
+    """(what was done, the state or error that came of it) of so many damages of a kind; each is undone."""
     folder, files, stale = written
     for name in (*FILES, MANIFEST):
         (folder.parent / f"real_{name}").write_bytes(files[name])
