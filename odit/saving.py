@@ -245,6 +245,7 @@ def delete(folder: Path, disk: Disk = DISK) -> None:
     doomed = folder.with_name(f".{folder.name}.old")
     remove_tree(doomed, disk)
     disk.rename(folder, doomed)
+    disk.sync_path(folder.parent)
     remove_tree(doomed, disk)
 
 

@@ -214,6 +214,19 @@ def exchanged_names(draws, text):
     return text.replace("\0", f'"adamw.v/{path}"')
 
 
+def header_blanks(draws, files, stale):
+    """Other blanks at the end of a header: nothing that the library minds."""
+    name = draws.choice([name for name in FILES if files[name][header_end(files[name]) - 1 :][:1] == b" "])
+    end = header_end(files[name])
+    return {name: files[name][: end - 1] + b"\n" + files[name][end:]}
+
+
+def another_count(draws, files, stale):
+    """A digit of the manifest that nothing else tells."""
+    field = draws.choice([b'"updates": 9', b'"note": 9'])
+    return {MANIFEST: files[MANIFEST].replace(field, field[:-1] + b"%d" % draws.randrange(9))}
+
+
 @other_header
 def doubled_name(draws, text):
     path = draws.choice(re.findall(r'"adamw\.m/([^"]+)"', text))
@@ -272,7 +285,8 @@ def twice(draws, told, pieces, name):
 def outside(draws, told, pieces, name):
     piece = draws.choice(pieces)
     dim = draws.randrange(len(piece["offsets"]))
-    piece["offsets"][dim] += 1 + told["tensors"][name]["shape"][dim] - piece["shape"][dim]
+    size = told["tensors"][name]["shape"][dim]
+    piece["offsets"][dim] = draws.choice([size, 1 + size - piece["shape"][dim]])  # beyond the end, or over it
 
 
 @resealed
@@ -393,6 +407,7 @@ DAMAGE = {
     "manifest: a link": place(LINK)(MANIFEST),
     "manifest: a folder": place(FOLDER)(MANIFEST),
     "manifest: of another step": manifest_of_another_step,
+    "manifest: another count": another_count,
     "manifest: a key twice": sealed_twice,
     "manifest: gap": gap,
     "manifest: overlap": overlap,
@@ -443,6 +458,7 @@ DAMAGE = {
     "file: shape": other_shape,
     "file: names exchanged": exchanged_names,
     "file: a name twice": doubled_name,
+    "file: other blanks in the header": header_blanks,
     "both: all of another step": all_of_another_step,
     "both: a tensor renamed": resealed_header(other_name),
     "both: dtype": resealed_header(other_dtype),
@@ -527,9 +543,11 @@ def test_verify_sees_a_bit_anywhere_in_any_file(written):
     for number in range(20):
         ((name, data),) = flip(*FILES)(random.Random(number), files, None).items()
         put(folder, name, data)
-        with pytest.raises(Damaged, match=re.escape(name)):
-            checkpoint.verify(folder)
-        restore(folder, files, [name])
+        try:
+            with pytest.raises(Damaged, match=re.escape(name)):
+                checkpoint.verify(folder)
+        finally:
+            restore(folder, files, [name])
 
 
 def test_a_renamed_folder_is_read_as_what_it_is(written, tmp_path):
