@@ -51,8 +51,8 @@ __all__ = [
 def find(resume: str, out: Path, broken: Collection[Path] = ()) -> Path | None:
     """The folder that ``--resume`` means; raises CheckpointError.
 
-    'latest' is the newest whose manifest and sizes are whole, None where there is none; ``broken`` are folders that
-    reading has shown not to be. A path is that one.
+    'latest' is the newest whose manifest and sizes are whole, ``broken`` ones aside, as reading has shown them to be;
+    None where there never was one. A path is that one.
     """
     if resume != "latest":
         path = Path(resume)
@@ -67,6 +67,9 @@ def find(resume: str, out: Path, broken: Collection[Path] = ()) -> Path | None:
                 return path
         except Damaged as error:
             step_back(error)
+    if found := steps(out):
+        there = ", ".join(map(str, found))
+        raise CheckpointError(f"resume latest: no checkpoint in {out} is whole (steps {there}): use another --out")
     return None
 
 

@@ -6,18 +6,17 @@ the first. A file appears whole or not at all. The same input gives the same byt
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
-import os
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from odit.storage import whole
 
 GAP = 2  # white pixels between pictures
 LEAST_PICTURE, LEAST_CLIP = 64, 128  # short side, in pixels, that what is smaller is enlarged to
@@ -70,7 +69,7 @@ def save_png(path: Path, x_CHW: Tensor, recipe: dict[str, Any]) -> None:
 
     info = PngImagePlugin.PngInfo()
     info.add_text("odit", json.dumps(recipe))
-    with _whole(path) as temporary:
+    with whole(path, sync=False) as temporary:
         Image.fromarray(pixels(x_CHW[None])[0].numpy()).save(temporary, format="PNG", pnginfo=info)
 
 
@@ -83,7 +82,7 @@ def save_mp4(path: Path, x_TCHW: Tensor, fps: float, recipe: dict[str, Any]) -> 
 
     rate = _rate(fps, MP4_RATE)
     frames_THWC = pixels(_even(enlarge(x_TCHW, LEAST_CLIP)))
-    with _whole(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with whole(path, sync=False) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         container.metadata["comment"] = json.dumps(recipe)
         stream = _stream(container, rate, *frames_THWC.shape[1:3])
         for t, frame_HWC in enumerate(frames_THWC):
@@ -128,7 +127,7 @@ def save_gif(path: Path, x_TCHW: Tensor, fps: float, recipe: dict[str, Any]) -> 
         tall = Image.fromarray(frames_THWC.reshape(T * H, W, 3).numpy())
         tall = tall.quantize(256, method=Image.Quantize.MEDIANCUT)
         frames = [tall.crop((0, t * H, W, (t + 1) * H)) for t in range(T)]
-    with _whole(path) as temporary:
+    with whole(path, sync=False) as temporary:
         frames[0].save(
             temporary,
             format="GIF",
@@ -177,16 +176,3 @@ def _even(x_TCHW: Tensor) -> Tensor:
     H, W = x_TCHW.shape[-2:]
     rows, cols = torch.arange(H + H % 2).clamp_max(H - 1), torch.arange(W + W % 2).clamp_max(W - 1)
     return x_TCHW[..., rows, :][..., cols]
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Hands out a temporary name beside ``path``, which becomes ``path`` if all goes well and goes if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -371,6 +371,7 @@ class Copies:
     def __init__(self, plan: Plan):
         self.plan, self.device = plan, plan.device
         self.side = torch.cuda.Stream(plan.device) if plan.device.type == "cuda" else None
+        self.index = torch.cuda.current_device() if self.side is not None else None
         self.flat: torch.Tensor | None = None
         self.maker = threading.Thread(target=self._make, name="checkpoint memory", daemon=True)
         self.maker.start()
@@ -381,6 +382,7 @@ class Copies:
             size += len(ROLES) * spec.owns(rank) * torch.Size(spec.local_shape(p.shape)).numel()
         flat = torch.empty(size)
         if self.side is not None and size:
+            torch.cuda.set_device(self.index)  # a new thread is on the first GPU
             # not pin_memory: that rounds sizes up to powers of two
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), 4 * size, 0))
         self.flat = flat

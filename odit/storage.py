@@ -88,10 +88,13 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], disk: Disk = DI
 def whole(path: Path, disk: Disk = DISK, sync: bool = True) -> Iterator[Path]:
     """Hands out a temporary name beside ``path``; what is there becomes ``path`` if all goes well, and goes if not.
 
+    Makes the folder where it is missing.
+
     Args:
         sync: whether it is on the disk, under its name, when this ends.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    make_folders(path.parent, disk)
     try:
         yield temporary
         if sync:

@@ -107,6 +107,10 @@ def test_what_is_not_there_is_said(saved):
     plan, path = saved
     with pytest.raises(CheckpointError, match=r"is no checkpoint \(no manifest.json\); steps in .*: 7"):
         checkpoint.find(str(path.with_name("step_00000008")), plan.run.out)
+    (path / "state-00000-of-00001.safetensors").unlink()
+    message = r"no checkpoint in .* is whole \(steps 7\): use another --out"
+    with pytest.warns(UserWarning, match="stepping back"), pytest.raises(CheckpointError, match=message):
+        checkpoint.find("latest", plan.run.out)
     shutil.rmtree(path)
     assert checkpoint.find("latest", plan.run.out) is None
 

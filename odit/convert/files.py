@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +16,7 @@ from torch import Tensor
 from odit.convert.diffusers import from_diffusers, to_diffusers, trim_labels
 from odit.convert.latte import TEXT_LENGTH, from_diffusers_latte, to_diffusers_latte
 from odit.models.config import Config, Shape
+from odit.storage import whole
 
 CONFIG, WEIGHTS, INDEX = "config.json", "diffusion_pytorch_model", "model_index.json"
 
@@ -75,9 +74,8 @@ def read_pt(path: str | Path, which: Literal["ema", "model"] = "ema") -> dict[st
 
 def write_pt(path: str | Path, state: dict[str, Tensor]) -> None:
     """Writes a state dict as torch.save does, whole or not at all."""
-    replace_file(
-        Path(path), lambda temporary: torch.save({name: _own(tensor) for name, tensor in state.items()}, temporary)
-    )
+    with whole(Path(path)) as temporary:
+        torch.save({name: _own(tensor) for name, tensor in state.items()}, temporary)
 
 
 def save_diffusers(
@@ -91,9 +89,11 @@ def save_diffusers(
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: _own(tensor, always=True) for name, tensor in state.items()}  # safetensors refuses shared memory
     metadata = {"format": "pt"}
-    replace_file(folder / f"{WEIGHTS}.safetensors", lambda to: safetensors.torch.save_file(state, to, metadata))
+    with whole(folder / f"{WEIGHTS}.safetensors") as temporary:
+        safetensors.torch.save_file(state, temporary, metadata)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    replace_file(folder / CONFIG, lambda temporary: temporary.write_text(text))
+    with whole(folder / CONFIG) as temporary:
+        temporary.write_text(text)
 
 
 def load_diffusers(folder: str | Path, text_length: int = TEXT_LENGTH) -> tuple[dict, Config, Shape]:
@@ -201,13 +201,3 @@ def _own(tensor: Tensor, always: bool = False) -> Tensor:
     tensor = tensor.detach().cpu().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole and not always else tensor.clone()
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,9 +9,10 @@ from typing import Any
 
 from odit import diffusion
 from odit.convert import diffusers, latte
-from odit.convert.files import INDEX, read_json, replace_file, save_diffusers
+from odit.convert.files import INDEX, read_json, save_diffusers
 from odit.convert.parts import INSTEAD
 from odit.models.config import Config, Shape
+from odit.storage import whole
 
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
 CLASSES = {"dit": ("DiTPipeline", "DiTTransformer2DModel"), "latte": ("LattePipeline", "LatteTransformer3DModel")}
@@ -151,4 +152,5 @@ def save_pipeline(
     (folder / SCHEDULER).parent.mkdir(exist_ok=True)
     for file, value in ((folder / SCHEDULER, to_scheduler(objective)), (folder / INDEX, index)):
         text = json.dumps(value, indent=2) + "\n"
-        replace_file(file, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+        with whole(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
