@@ -12,6 +12,7 @@ import threading
 import pytest
 import states
 import torch
+from conftest import script
 from safetensors.torch import load_file
 from safetensors.torch import save as library_save
 
@@ -366,3 +367,37 @@ def test_on_a_gpu_a_copy_is_taken_before_the_next_update(tmp_path):
     loaded, _ = checkpoint.load(saving.folder_of(tmp_path, 7), dataclasses.replace(composed, device="cpu"))
     for n, t in enumerate((loaded.params, loaded.opt.m, loaded.opt.v, loaded.ema)):
         assert torch.equal(t["w"].cpu(), torch.full((5000, 5000), float(n)))
+
+
+# ---------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_steps_back_past_a_flipped_bit(tiny, capsys):
+    """Which reading alone shows: the sizes are right."""
+    train_script, run = script("train"), dataclasses.replace(tiny, checkpoint_every=1, stop_at=2, validate_every=50)
+    train_script.main(run)
+    expected = (saving.folder_of(run.out, 2) / "state-00000-of-00001.safetensors").read_bytes()
+    damage_bit(saving.folder_of(run.out, 2))
+    with pytest.warns(UserWarning, match="stepping back past a broken checkpoint: .* was changed after it was written"):
+        train_script.main(dataclasses.replace(run, resume="latest"))
+    assert f"resumed from {saving.folder_of(run.out, 1)} at step 1" in capsys.readouterr().out
+    assert (saving.folder_of(run.out, 2) / "state-00000-of-00001.safetensors").read_bytes() == expected
+    assert (run.out / "checkpoints" / "abandoned_step_00000002").is_dir()
+
+
+def test_a_run_on_a_full_disk_ends_with_what_is_wrong(tiny, monkeypatch):
+    """And leaves the checkpoint before."""
+    train_script, run = script("train"), dataclasses.replace(tiny, checkpoint_every=1, stop_at=1)
+    train_script.main(run)
+    monkeypatch.setattr(saving.Saver.__init__, "__defaults__", (full(),))
+    with pytest.raises(
+        StorageError, match=r"cannot be written \(ENOSPC: No space left on device\): \d+ bytes are needed"
+    ):
+        train_script.main(dataclasses.replace(run, stop_at=4, resume="latest"))
+    assert checkpoint.steps(run.out) == [1]
+
+
+def full():
+    disk = Gated(errno.ENOSPC)
+    disk.gate.set()
+    return disk
