@@ -10,8 +10,8 @@ Hutter 2019, algorithm 2), the gradient scaled first:
     p = p (1 - lr weight_decay) - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     ema = ema + (1 - decay) (p - ema)
 
-A compiler may fuse a product and a sum here and not there: bits equal those of ``optim.adamw``, ``ema_`` and ``copy_`` but
-for the last one or two. They do not depend on how leaves are cut.
+A compiler may fuse a product and a sum here and not there: bits equal those of ``optim.adamw``, ``ema_`` and ``copy_``
+but for the last one or two. They do not depend on how leaves are cut.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from odit import tree
 from odit.kernels.launch import launch
 
-CHUNK, BLOCK = 16384, 1024  # elements a program, and at once
+CHUNK, BLOCK = 16384, 512  # elements a program, and at once: 4 a lane, 16 bytes
 KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -55,32 +55,46 @@ def kernel(
 ):  # fmt: skip
     leaf = tl.load(chunks_ptr + tl.program_id(0) * 3)
     first = tl.load(chunks_ptr + tl.program_id(0) * 3 + 1) * CHUNK
-    size = tl.load(chunks_ptr + tl.program_id(0) * 3 + 2)
-    g_ptr, p_ptr = (
-        array(table_ptr, leaf, 0, GRAD, first, ALIGNED),
-        array(table_ptr, leaf, 1, tl.float32, first, ALIGNED),
-    )
-    m_ptr, v_ptr = (
-        array(table_ptr, leaf, 2, tl.float32, first, ALIGNED),
-        array(table_ptr, leaf, 3, tl.float32, first, ALIGNED),
-    )
-    for start in range(0, CHUNK, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        here = first + at < size
-        g = tl.load(g_ptr + at, mask=here, other=0.0).to(tl.float32) * scale
-        p, m = tl.load(p_ptr + at, mask=here, other=0.0), tl.load(m_ptr + at, mask=here, other=0.0)
-        v = tl.load(v_ptr + at, mask=here, other=0.0)
-        m = lerp(m, g, rise1)
-        v = v * beta2 + rise2 * (g * g)
-        p = p * shrink - step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), correction) + eps)
-        tl.store(p_ptr + at, p, mask=here)
-        tl.store(m_ptr + at, m, mask=here)
-        tl.store(v_ptr + at, v, mask=here)
-        if EMA:
-            ema_ptr = array(table_ptr, leaf, 4, tl.float32, first, ALIGNED)
-            tl.store(ema_ptr + at, lerp(tl.load(ema_ptr + at, mask=here, other=0.0), p, rise), mask=here)
-        if LOW is not None:
-            tl.store(array(table_ptr, leaf, 5, LOW, first, ALIGNED) + at, p.to(LOW), mask=here)
+    left = tl.load(chunks_ptr + tl.program_id(0) * 3 + 2) - first
+    g_ptr = array(table_ptr, leaf, 0, GRAD, first, ALIGNED)
+    p_ptr = array(table_ptr, leaf, 1, tl.float32, first, ALIGNED)
+    m_ptr = array(table_ptr, leaf, 2, tl.float32, first, ALIGNED)
+    v_ptr = array(table_ptr, leaf, 3, tl.float32, first, ALIGNED)
+    ema_ptr = array(table_ptr, leaf, 4, tl.float32, first, ALIGNED)
+    low_ptr = array(table_ptr, leaf, 5, LOW, first, ALIGNED)
+    if left >= CHUNK:  # without masks, which would make loads an element wide
+        for start in range(0, CHUNK, BLOCK):
+            block(
+                g_ptr, p_ptr, m_ptr, v_ptr, ema_ptr, low_ptr, start + tl.arange(0, BLOCK), None,
+                scale, rise1, beta2, rise2, correction, eps, shrink, step_size, rise, EMA, LOW,
+            )  # fmt: skip
+    else:
+        for start in range(0, CHUNK, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            block(
+                g_ptr, p_ptr, m_ptr, v_ptr, ema_ptr, low_ptr, at, at < left,
+                scale, rise1, beta2, rise2, correction, eps, shrink, step_size, rise, EMA, LOW,
+            )  # fmt: skip
+
+
+@triton.jit
+def block(
+    g_ptr, p_ptr, m_ptr, v_ptr, ema_ptr, low_ptr, at, here,
+    scale, rise1, beta2, rise2, correction, eps, shrink, step_size, rise, EMA: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
+    """The elements ``at``, where they are ``here``; everywhere if that is None."""
+    g = tl.load(g_ptr + at, mask=here).to(tl.float32) * scale
+    p, m, v = tl.load(p_ptr + at, mask=here), tl.load(m_ptr + at, mask=here), tl.load(v_ptr + at, mask=here)
+    m = lerp(m, g, rise1)
+    v = v * beta2 + rise2 * (g * g)
+    p = p * shrink - step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), correction) + eps)
+    tl.store(p_ptr + at, p, mask=here)
+    tl.store(m_ptr + at, m, mask=here)
+    tl.store(v_ptr + at, v, mask=here)
+    if EMA:
+        tl.store(ema_ptr + at, lerp(tl.load(ema_ptr + at, mask=here), p, rise), mask=here)
+    if LOW != tl.int1:
+        tl.store(low_ptr + at, p.to(LOW), mask=here)
 
 
 @functools.lru_cache(maxsize=16)
@@ -100,7 +114,7 @@ def pass_(arrays: list[tuple[Tensor | None, ...]], scalars: tuple[float, ...]) -
     constants = {
         "GRAD": KINDS[grad.dtype],
         "EMA": ema is not None,
-        "LOW": None if low is None else KINDS[low.dtype],
+        "LOW": tl.int1 if low is None else KINDS[low.dtype],
         "ALIGNED": not any(pointer % 16 for leaf in pointers for pointer in leaf),
         "CHUNK": CHUNK,
         "BLOCK": BLOCK,
