@@ -1,4 +1,4 @@
-"""Measures: ``python experiments/bench.py zero | sequence | encoders | attention``. One JSON object a row."""
+"""Measures: ``python experiments/bench.py zero | sequence | encoders | attention | kernels``. One JSON object a row."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Callable
 import tyro
 
 from odit import health
-from odit.bench import attention, encoders, sequence, zero
+from odit.bench import attention, encoders, kernels, sequence, zero
 
 BENCHES: dict[str, Callable] = {
     "zero": zero.zero,
     "sequence": sequence.sequence,
     "encoders": encoders.encoders,
     "attention": attention.attention_rows,
+    "kernels": kernels.kernels,
 }
 
 

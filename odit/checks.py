@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from odit import data, diffusion, finetune, models, optim
+from odit import data, diffusion, finetune, kernels, models, optim
 from odit.config import Run, Sampling
 from odit.data import latents
 from odit.diffusion import solvers
@@ -30,6 +30,8 @@ def check(run: Run, shape: Shape | None = None, world: int = 1) -> None:
     dp, sp = divide(run, world)
     _check_share(run, dp)
     _check_offload(run)
+    if run.kernels == "fused" and (device := pick_device(run.device)).type != "cuda":
+        check_kernels(run, device)
     data.check(run.data)
     diffusion.check(run.diffusion)
     optim.check(run.optimizer)
@@ -162,7 +164,6 @@ def _check_served(run: Run) -> None:
     """Settings that this version knows but does not serve are refused, never ignored."""
     p = run.parallel
     later = {
-        "kernels": (run.kernels, ("auto", "reference")),
         "replay": (run.replay, (None,)),
     }
     for key, (found, served) in later.items():
@@ -250,6 +251,12 @@ def check_budget(run: Run, device: torch.device) -> None:
             f"parallel.memory_gib is {gib} but this GPU has {total / 2**30:.1f} GiB: use less, or leave it out for "
             f"{0.95 * total / 2**30:.1f}"
         )
+
+
+def check_kernels(run: Run, device: torch.device) -> None:
+    """Refuses fused kernels where they cannot run; on a GPU one of them runs to find out."""
+    if run.kernels == "fused" and (why := kernels.obstacle(device)):
+        raise ValueError(f"kernels is fused, which cannot run here ({why}): use --kernels auto or reference")
 
 
 def solver_of(sampling: Sampling, objective: Any) -> str:

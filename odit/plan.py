@@ -20,6 +20,8 @@ from odit.data.latents import Latents
 from odit.data.tokens import Bytes
 from odit.diffusion.flow import Flow
 from odit.front import Front
+from odit.kernels import fused
+from odit.kernels import obstacle as fused_obstacle
 from odit.models import dit
 from odit.models.config import Config, Shape, Size
 from odit.ops import Ops, flash
@@ -195,15 +197,12 @@ def compose(run: Run, shape: Shape, mesh: Mesh | None = None, front: Front | Non
     ):  # the CPU updates; torchrun leaves it one core a rank
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     checks.check_budget(run, device)
+    checks.check_kernels(run, device)
     objective = diffusion.build(run.diffusion)
     if not shape.conditional:
         notes.append("guidance: none (the data has no classes and no captions)")
-    kernels = Ops()
-    if run.kernels == "auto" and device.type == "cuda":
-        kernels = flash()
-        notes.append("kernels: PyTorch's attention (auto on a GPU), the rest reference")
-    elif run.kernels == "auto":
-        notes.append("kernels: reference (auto on a CPU)")
+    kernels, line = _kernels(run, device)
+    notes.append(line)
     name, told = _strategy(run, shape, mesh, device)
     front = front or load_front(run, mesh)
     if front.tokenize is None and shape.text_length and not shape.text_width:  # a cache of captions as bytes
@@ -228,6 +227,19 @@ def compose(run: Run, shape: Shape, mesh: Mesh | None = None, front: Front | Non
         compiled=run.compile and obstacle is None,
         front=front,
     )
+
+
+def _kernels(run: Run, device: torch.device) -> tuple[Ops, str]:
+    """The record of one rank, and a line on it."""
+    on_gpu = device.type == "cuda"
+    attention = "PyTorch's attention" if on_gpu else "reference attention"
+    if run.kernels == "reference":
+        return Ops(), "kernels: reference"
+    if run.kernels == "fused":
+        return fused(flash() if on_gpu else Ops()), f"kernels: fused, {attention}"
+    if on_gpu:
+        return flash(), f"kernels: {attention} (auto on a GPU), the rest reference; fused ones by --kernels fused"
+    return Ops(), f"kernels: reference (auto on a CPU; no fused ones: {fused_obstacle(device)})"
 
 
 def _strategy(run: Run, shape: Shape, mesh: Mesh, device: torch.device) -> tuple[str, list[str]]:

@@ -103,7 +103,7 @@ def _gradient(launched: Callable, plain: Callable) -> Any:
         return *pull(cotangents), *(None for _ in ctx.settings)
 
     def jvp(ctx: Any, *tangents: Any) -> tuple:
-        tensors = ctx.saved_tensors
+        tensors = tuple(x.contiguous() for x in ctx.saved_tensors)  # tangents take the strides, which may be 0
         return torch.func.jvp(lambda *ts: plain(*ts, *ctx.settings), tensors, tangents[: len(tensors)])[1]
 
     return _function(launched.__name__, launched, setup_context, backward, jvp)
