@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import weakref
 from collections.abc import Callable
@@ -162,13 +163,29 @@ def test_two_runs_give_the_same_bits(name, device):
     assert all(map(torch.equal, first, second))
 
 
-def test_sums_over_many_spans_and_steps():
-    """A span has several steps, a sample several spans, and ``totals`` several steps of them."""
-    x = random.normal(KEY, (2, 16 * 16 * 4 + 3, 8))
-    cut = rows.tiling(x, 1, 8)
-    assert cut.constants["STEPS"] > 1 and cut.spans > 1
+@pytest.mark.parametrize("kernel", [gated, gated_modulate, modulate])
+def test_the_shapes_of_these_tests_have_several_spans_and_steps(kernel):
+    x = torch.empty(5, 61, 128)
+    module = importlib.import_module(kernel.__module__)
+    for tuning in (module.FORWARD, module.BACKWARD):
+        cut = rows.tiling(x, tuning)
+        assert cut.constants["STEPS"] > 1 and cut.spans > 1
+
+
+def test_totals_over_many_spans():
     partial = random.normal(KEY, (2, 37, 3, 70))
     assert torch.allclose(rows.totals(partial, FP32).double(), partial.double().sum(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("B, L, D", [(128, 256, 1152), (1, 256, 1152), (8, 4096, 1152), (300, 7, 384), (2, 3, 2304)])
+@pytest.mark.parametrize("resident", [False, True])
+def test_every_token_has_its_step(B, L, D, resident):
+    tuning = rows.Tuning(2, 396, 1, resident)
+    spans, constants = rows.tiling(torch.empty(B, L, D, device="meta"), tuning)
+    span = constants["R"] * constants["STEPS"]
+    assert spans * span >= L > (spans - 1) * span
+    if resident:
+        assert B * spans <= max(B, 396)
 
 
 def test_the_empty_share_of_a_rank():

@@ -145,7 +145,8 @@ def fused(plain: Any, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-
 
     def scalars(step: int, lr: float, scale: float, decay: float) -> tuple[float, ...]:
         correction, step_size = math.sqrt(1 - beta2**step), lr / (1 - beta1**step)
-        return scale, 1 - beta1, beta2, 1 - beta2, correction, eps, 1 - lr * weight_decay, step_size, 1 - decay
+        rates = (scale, 1 - beta1, beta2, 1 - beta2, correction, eps, 1 - lr * weight_decay, step_size, 1 - decay)
+        return tuple(map(float, rates))
 
     @torch.no_grad()
     def update_(

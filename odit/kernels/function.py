@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,12 +109,10 @@ def _gradient(launched: Callable, plain: Callable) -> Any:
 
 
 def _keep(ctx: Any, tensors: Iterable[Tensor]) -> None:
-    """Saves tensors for backward, and for jvp only where that comes: what is saved for jvp, outputs above all, lives as
-    long as the graph."""
+    """Saves tensors for backward and for jvp."""
     tensors = tuple(tensors)
     ctx.save_for_backward(*tensors)
-    if forward_ad._current_level >= 0:
-        ctx.save_for_forward(*tensors)
+    ctx.save_for_forward(*tensors)
 
 
 def _folded(function: Any, info: Any, in_dims: tuple, args: tuple) -> tuple[Any, Any]:

@@ -18,7 +18,9 @@ from odit import ops
 from odit.kernels.function import by_rows, empty, entry, served
 from odit.kernels.launch import launch
 from odit.kernels.rows import (
+    SMS,
     WIDEST,
+    Tuning,
     nothing,
     place,
     read,
@@ -31,13 +33,15 @@ from odit.kernels.rows import (
     write_sum,
 )
 
-FORWARD, BACKWARD = (1, 2048), (1, 512)  # warps a row, programs
+FORWARD = Tuning(warps_a_row=1, programs=16 * SMS, stages=1, resident=False)
+BACKWARD = Tuning(warps_a_row=1, programs=5 * SMS, stages=2, resident=True)
 
 
 @triton.jit
 def forward_kernel(
     x_ptr, gate_ptr, branch_ptr, out_ptr, L, spans, x_b, x_l, gate_b, branch_b, branch_l,
     D: tl.constexpr, R: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     b, first, tokens = place(L, STEPS * R, spans)
     row_R = tl.arange(0, R)
@@ -45,7 +49,7 @@ def forward_kernel(
     x_ptr += b * x_b + first * x_l
     branch_ptr += b * branch_b + first * branch_l
     out_ptr += (b * L + first) * D
-    for start in range(0, STEPS * R, R):
+    for start in tl.range(0, STEPS * R, R, num_stages=STAGES):
         here_R = start + row_R < tokens
         x = read(x_ptr, x_l, start + row_R, here_R, D, W)
         branch = read(branch_ptr, branch_l, start + row_R, here_R, D, W)
@@ -56,6 +60,7 @@ def forward_kernel(
 def backward_kernel(
     dout_ptr, gate_ptr, branch_ptr, dbranch_ptr, partial_ptr, L, spans, dout_b, dout_l, gate_b, branch_b,
     branch_l, D: tl.constexpr, R: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     b, first, tokens = place(L, STEPS * R, spans)
     row_R = tl.arange(0, R)
@@ -64,7 +69,7 @@ def backward_kernel(
     branch_ptr += b * branch_b + first * branch_l
     dbranch_ptr += (b * L + first) * D
     dgate = nothing(R, D, W)
-    for start in range(0, STEPS * R, R):
+    for start in tl.range(0, STEPS * R, R, num_stages=STAGES):
         here_R = start + row_R < tokens
         dout = read(dout_ptr, dout_l, start + row_R, here_R, D, W)
         branch = read(branch_ptr, branch_l, start + row_R, here_R, D, W)
@@ -78,7 +83,7 @@ def forward(x_BLD: Tensor, gate_BD: Tensor, branch_BLD: Tensor) -> Tensor:
     x, gate, branch = map(by_rows, (x_BLD, gate_BD, branch_BLD))
     out = empty(x)
     B, L, _ = x.shape
-    cut = tiling(x, *FORWARD)
+    cut = tiling(x, FORWARD)
     strides = (x.stride(0), x.stride(1), gate.stride(0), branch.stride(0), branch.stride(1))
     launch(
         forward_kernel, B * cut.spans, x.device, x, gate, branch, out, L, cut.spans, *strides,
@@ -92,7 +97,7 @@ def backward(dout_BLD: Tensor, gate_BD: Tensor, branch_BLD: Tensor) -> tuple[Ten
     dout, gate, branch = map(by_rows, (dout_BLD, gate_BD, branch_BLD))
     dbranch = empty(branch)
     B, L, D = branch.shape
-    cut = tiling(branch, *BACKWARD)
+    cut = tiling(branch, BACKWARD)
     partial = branch.new_empty((B, cut.spans, 1, D), dtype=torch.float32)
     strides = (dout.stride(0), dout.stride(1), gate.stride(0), branch.stride(0), branch.stride(1))
     launch(

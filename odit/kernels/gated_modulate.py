@@ -21,7 +21,9 @@ from odit.kernels import modulate as norm
 from odit.kernels.function import by_rows, empty, entry, served
 from odit.kernels.launch import launch
 from odit.kernels.rows import (
+    SMS,
     WIDEST,
+    Tuning,
     modulated,
     norm_backward,
     nothing,
@@ -39,13 +41,15 @@ from odit.kernels.rows import (
     write_sum,
 )
 
-FORWARD, BACKWARD = (1, 2048), (2, 512)  # warps a row, programs
+FORWARD = Tuning(warps_a_row=1, programs=16 * SMS, stages=1, resident=False)
+BACKWARD = Tuning(warps_a_row=2, programs=2 * SMS, stages=2, resident=True)
 
 
 @triton.jit
 def forward_kernel(
     x_ptr, gate_ptr, branch_ptr, shift_ptr, scale_ptr, out_ptr, h_ptr, L, spans, x_b, x_l, branch_b, branch_l,
     gate_b, shift_b, scale_b, eps, D: tl.constexpr, R: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     b, first, tokens = place(L, STEPS * R, spans)
     row_R = tl.arange(0, R)
@@ -55,7 +59,7 @@ def forward_kernel(
     branch_ptr += b * branch_b + first * branch_l
     out_ptr += (b * L + first) * D
     h_ptr += (b * L + first) * D
-    for start in range(0, STEPS * R, R):
+    for start in tl.range(0, STEPS * R, R, num_stages=STAGES):
         here_R = start + row_R < tokens
         x = read(x_ptr, x_l, start + row_R, here_R, D, W)
         branch = read(branch_ptr, branch_l, start + row_R, here_R, D, W)
@@ -70,6 +74,7 @@ def backward_kernel(
     dout_ptr, dh_ptr, out_ptr, gate_ptr, branch_ptr, scale_ptr, dx_ptr, dbranch_ptr, partial_ptr, L, spans,
     dout_b, dout_l, dh_b, dh_l, branch_b, branch_l, gate_b, scale_b, eps,
     D: tl.constexpr, R: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     b, first, tokens = place(L, STEPS * R, spans)
     row_R = tl.arange(0, R)
@@ -81,7 +86,7 @@ def backward_kernel(
     dx_ptr += (b * L + first) * D
     dbranch_ptr += (b * L + first) * D
     dgate, dshift, dscale = nothing(R, D, W), nothing(R, D, W), nothing(R, D, W)
-    for start in range(0, STEPS * R, R):
+    for start in tl.range(0, STEPS * R, R, num_stages=STAGES):
         here_R = start + row_R < tokens
         dh = read(dh_ptr, dh_l, start + row_R, here_R, D, W)
         n, rstd_R = standardise(read(out_ptr, D, start + row_R, here_R, D, W), here_R, eps, D, W)
@@ -103,7 +108,7 @@ def forward(
     x, gate, branch, shift, scale = map(by_rows, (x_BLD, gate_BD, branch_BLD, shift_BD, scale_BD))
     out, h = empty(x), empty(x)
     B, L, _ = x.shape
-    cut = tiling(x, *FORWARD)
+    cut = tiling(x, FORWARD)
     strides = (x.stride(0), x.stride(1), branch.stride(0), branch.stride(1))
     strides += (gate.stride(0), shift.stride(0), scale.stride(0))
     launch(
@@ -121,7 +126,7 @@ def backward(
     out = out_BLD.contiguous()
     dx, dbranch = empty(out), empty(out)
     B, L, D = out.shape
-    cut = tiling(out, *BACKWARD)
+    cut = tiling(out, BACKWARD)
     partial = out.new_empty((B, cut.spans, 3, D), dtype=torch.float32)
     strides = (dout.stride(0), dout.stride(1), dh.stride(0), dh.stride(1), branch.stride(0), branch.stride(1))
     strides += (gate.stride(0), scale.stride(0))

@@ -18,7 +18,9 @@ from odit import ops
 from odit.kernels.function import by_rows, empty, entry, served
 from odit.kernels.launch import launch
 from odit.kernels.rows import (
+    SMS,
     WIDEST,
+    Tuning,
     modulated,
     norm_backward,
     nothing,
@@ -34,20 +36,22 @@ from odit.kernels.rows import (
     write_sum,
 )
 
-FORWARD, BACKWARD = (1, 2048), (2, 512)  # warps a row, programs
+FORWARD = Tuning(warps_a_row=1, programs=16 * SMS, stages=1, resident=False)
+BACKWARD = Tuning(warps_a_row=2, programs=3 * SMS, stages=2, resident=True)
 
 
 @triton.jit
 def forward_kernel(
     x_ptr, shift_ptr, scale_ptr, h_ptr, L, spans, x_b, x_l, shift_b, scale_b, eps,
     D: tl.constexpr, R: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     b, first, tokens = place(L, STEPS * R, spans)
     row_R = tl.arange(0, R)
     shift, scale = spread(shift_ptr + b * shift_b, row_R, D, W), spread(scale_ptr + b * scale_b, row_R, D, W)
     x_ptr += b * x_b + first * x_l
     h_ptr += (b * L + first) * D
-    for start in range(0, STEPS * R, R):
+    for start in tl.range(0, STEPS * R, R, num_stages=STAGES):
         here_R = start + row_R < tokens
         n, _ = standardise(read(x_ptr, x_l, start + row_R, here_R, D, W), here_R, eps, D, W)
         write(h_ptr, D, start + row_R, here_R, modulated(n, shift, scale, D, W), D, W)
@@ -57,6 +61,7 @@ def forward_kernel(
 def backward_kernel(
     dh_ptr, x_ptr, scale_ptr, dx_ptr, partial_ptr, L, spans, dh_b, dh_l, x_b, x_l, scale_b, eps,
     D: tl.constexpr, R: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     b, first, tokens = place(L, STEPS * R, spans)
     row_R = tl.arange(0, R)
@@ -65,7 +70,7 @@ def backward_kernel(
     x_ptr += b * x_b + first * x_l
     dx_ptr += (b * L + first) * D
     dshift, dscale = nothing(R, D, W), nothing(R, D, W)
-    for start in range(0, STEPS * R, R):
+    for start in tl.range(0, STEPS * R, R, num_stages=STAGES):
         here_R = start + row_R < tokens
         dh = read(dh_ptr, dh_l, start + row_R, here_R, D, W)
         n, rstd_R = standardise(read(x_ptr, x_l, start + row_R, here_R, D, W), here_R, eps, D, W)
@@ -81,7 +86,7 @@ def forward(x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float) -> Te
     x, shift, scale = map(by_rows, (x_BLD, shift_BD, scale_BD))
     h = empty(x)
     B, L, _ = x.shape
-    cut = tiling(x, *FORWARD)
+    cut = tiling(x, FORWARD)
     strides = (x.stride(0), x.stride(1), shift.stride(0), scale.stride(0))
     launch(
         forward_kernel, B * cut.spans, x.device, x, shift, scale, h, L, cut.spans, *strides, eps,
@@ -95,7 +100,7 @@ def backward(dh_BLD: Tensor, x_BLD: Tensor, scale_BD: Tensor, eps: float) -> tup
     dh, x, scale = map(by_rows, (dh_BLD, x_BLD, scale_BD))
     dx = empty(x)
     B, L, D = x.shape
-    cut = tiling(x, *BACKWARD)
+    cut = tiling(x, BACKWARD)
     partial = x.new_empty((B, cut.spans, 2, D), dtype=torch.float32)
     strides = (dh.stride(0), dh.stride(1), x.stride(0), x.stride(1), scale.stride(0))
     launch(

@@ -8,6 +8,7 @@ N, D) in fp32, and ``totals`` adds the spans in their order: no atomics, the sam
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,21 @@ from torch import Tensor
 from odit.kernels.launch import launch
 
 WARPS = 4
+SMS = 132  # of an H100 and an H200: programs that are resident at once are so many times what fits on one
 LANE_VALUES = 4  # values that a lane loads at once: 128 columns a warp
-WIDEST = 4096  # columns beyond which a row does not fit in the registers of a program
+WIDE, WIDEST = 1536, 3072  # columns beyond which a row takes twice the warps, and beyond which it does not fit
+
+
+class Tuning(NamedTuple):
+    """How a kernel is spread over a GPU, for rows of up to ``WIDE`` columns."""
+
+    warps_a_row: int
+    programs: int
+    """At least so many where there are tokens for them, or as near below as B allows with ``resident``."""
+    stages: int
+    """Steps whose loads are under way at once (through shared memory); 1 leaves that to the programs of an SM."""
+    resident: bool
+    """Whether all programs run at once, so that one more would wait for a whole one: those that write sums are few."""
 
 
 class Tiling(NamedTuple):
@@ -29,19 +43,24 @@ class Tiling(NamedTuple):
     constants: dict[str, int]
 
 
-def tiling(x_BLD: Tensor, warps_a_row: int, programs: int) -> Tiling:
-    """Cuts tokens so that about ``programs`` programs share them, each row spread over ``warps_a_row`` warps.
+def tiling(x_BLD: Tensor, tuning: Tuning) -> Tiling:
+    """Cuts the tokens of samples into spans.
 
-    A program takes a constant number of steps, a power of two, so that few shapes mean few compilations. The cut looks
-    at the shape, not at the GPU, so that sums have the same order on all of them.
+    Programs that are not ``resident`` take a power of two of steps, so that few shapes mean few compilations. The cut
+    looks at the shape, not at the GPU: sums have the same order everywhere.
     """
     B, L, D = x_BLD.shape
+    warps_a_row, programs, stages, resident = tuning
+    warps_a_row = min(WARPS, warps_a_row * triton.next_power_of_2(triton.cdiv(D, WIDE)))
     warps_a_row = min(warps_a_row, triton.next_power_of_2(triton.cdiv(D, 32 * LANE_VALUES)))
     rows, width = WARPS // warps_a_row, min(32 * LANE_VALUES * warps_a_row, triton.next_power_of_2(D))
     if x_BLD.device.type == "cpu":  # the interpreter's time is that of its operations, whatever their size
-        rows, programs = 16, 8
-    steps = triton.next_power_of_2(max(1, triton.cdiv(B * L, programs * rows)))
-    constants = {"D": D, "R": rows, "W": width, "STEPS": steps, "num_warps": WARPS}
+        rows, programs = 16, 2 * B if resident else 8
+    if resident:
+        steps = max(1, triton.cdiv(L, rows * max(1, programs // max(1, B))))
+    else:
+        steps = 2 ** int(math.log2(max(1, B * L // (programs * rows))))
+    constants = {"D": D, "R": rows, "W": width, "STEPS": steps, "STAGES": stages, "num_warps": WARPS}
     return Tiling(triton.cdiv(L, steps * rows), constants)
 
 
