@@ -228,10 +228,10 @@ def test_vmap_of_gradients(name):
 
 
 def test_vmap_over_another_dim():
-    x, shift, scale = inputs(KERNELS["modulate"], 3, 5, 128)
-    found = torch.func.vmap(modulate, (0, None, 1))(x[:, None], shift[:1], scale[:, None].transpose(0, 1))
-    expected = torch.stack([modulate(x[b : b + 1], shift[:1], scale[b : b + 1]) for b in range(3)])
-    assert torch.equal(found, expected)
+    x, shift, scale = inputs(KERNELS["modulate"], 6, 5, 64)
+    x, scale = x.unflatten(0, (3, 2)), scale.unflatten(0, (3, 2))
+    found = torch.func.vmap(modulate, (0, None, 1))(x, shift[:2], scale.transpose(0, 1))
+    assert torch.equal(found, torch.stack([modulate(x[n], shift[:2], scale[n]) for n in range(3)]))
 
 
 @ALL

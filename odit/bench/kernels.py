@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from odit import checks, models, ops, optim, plan, tree
 from odit.bench.common import device_name, now, preset
@@ -120,7 +121,7 @@ def kernel_row(cfg: Kernels, case: Case, direction: str, moved: int, copied: flo
     ways = {"eager": case.reference, "fused": case.fused}
     if cfg.compile:
         torch._dynamo.reset()
-        torch._functorch.config.donated_buffer = False  # the backward pass runs many times
+        functorch_config.donated_buffer = False  # the backward pass runs many times
         ways["compile"] = torch.compile(case.reference, dynamic=False)
     exact = results(case.reference, tuple(x.double() for x in case.inputs), direction)()
     found, row = {}, {}

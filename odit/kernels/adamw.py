@@ -10,8 +10,8 @@ Hutter 2019, algorithm 2), the gradient scaled first:
     p = p (1 - lr weight_decay) - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     ema = ema + (1 - decay) (p - ema)
 
-A compiler may fuse a product and a sum here and not there: bits equal those of ``optim.adamw``, ``ema_`` and ``copy_``
-but for the last one or two. They do not depend on how leaves are cut.
+Where a product and a sum are one rounding is written out, so that bits do not depend on how leaves are cut. PyTorch's
+kernels choose for themselves: bits equal those of ``optim.adamw`` and ``ema_`` but for the last one or two.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def array(table_ptr, leaf, num: tl.constexpr, kind: tl.constexpr, first, ALIGNED
 @triton.jit
 def lerp(a, b, rate):
     """a + rate (b - a), from the nearer end as torch.lerp."""
-    return tl.where(rate < 0.5, a + rate * (b - a), b - (b - a) * (1.0 - rate))
+    return tl.where(rate < 0.5, tl.fma(rate, b - a, a), tl.fma(b - a, rate - 1.0, b))
 
 
 @triton.jit
@@ -86,8 +86,8 @@ def block(
     g = tl.load(g_ptr + at, mask=here).to(tl.float32) * scale
     p, m, v = tl.load(p_ptr + at, mask=here), tl.load(m_ptr + at, mask=here), tl.load(v_ptr + at, mask=here)
     m = lerp(m, g, rise1)
-    v = v * beta2 + rise2 * (g * g)
-    p = p * shrink - step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), correction) + eps)
+    v = tl.fma(rise2, g * g, v * beta2)
+    p = tl.fma(-step_size, tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), correction) + eps), p * shrink)
     tl.store(p_ptr + at, p, mask=here)
     tl.store(m_ptr + at, m, mask=here)
     tl.store(v_ptr + at, v, mask=here)
