@@ -301,6 +301,22 @@ def test_the_registered_operator(name):
     )
 
 
+BACKWARD = {  # what its operator takes; x stands for cotangents, which are like it
+    "modulate": lambda x, shift, scale: (x, x, scale, ops.EPS),
+    "gated": lambda x, gate, branch: (x, gate, branch),
+    "gated_modulate": lambda x, gate, branch, shift, scale: (x, x, x, gate, branch, scale, ops.EPS),
+    "norm_rotate": lambda q, w: (q, *arguments(KERNELS["norm_rotate"], (q, w))),
+}
+
+
+@OPERATORS
+def test_the_registered_operator_of_backward(name):
+    kernel = KERNELS[name]
+    operator = getattr(torch.ops.odit, f"{kernel.operator}_backward").default
+    given = BACKWARD[name](*inputs(kernel, 2, 3, 64))
+    torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
+
+
 @GRAD_LOOKED_AT
 @OPERATORS
 def test_compiled_it_is_one_operator(name):
