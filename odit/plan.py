@@ -20,7 +20,7 @@ from odit.data.latents import Latents
 from odit.data.tokens import Bytes
 from odit.diffusion.flow import Flow
 from odit.front import Front
-from odit.kernels import fused
+from odit.kernels import attention, fused
 from odit.kernels import obstacle as fused_obstacle
 from odit.models import dit
 from odit.models.config import Config, Shape, Size
@@ -201,9 +201,9 @@ def compose(run: Run, shape: Shape, mesh: Mesh | None = None, front: Front | Non
     objective = diffusion.build(run.diffusion)
     if not shape.conditional:
         notes.append("guidance: none (the data has no classes and no captions)")
-    kernels, line = _kernels(run, device)
-    notes.append(line)
     name, told = _strategy(run, shape, mesh, device)
+    kernels, line = _kernels(run, shape, device, name)
+    notes.append(line)
     front = front or load_front(run, mesh)
     if front.tokenize is None and shape.text_length and not shape.text_width:  # a cache of captions as bytes
         front = replace(front, tokenize=Bytes(shape.text_length))
@@ -229,17 +229,21 @@ def compose(run: Run, shape: Shape, mesh: Mesh | None = None, front: Front | Non
     )
 
 
-def _kernels(run: Run, device: torch.device) -> tuple[Ops, str]:
+def _kernels(run: Run, shape: Shape, device: torch.device, strategy: str) -> tuple[Ops, str]:
     """The record of one rank, and a line on it."""
     on_gpu = device.type == "cuda"
-    attention = "PyTorch's attention" if on_gpu else "reference attention"
     if run.kernels == "reference":
         return Ops(), "kernels: reference"
-    if run.kernels == "fused":
-        return fused(flash() if on_gpu else Ops()), f"kernels: fused, {attention}"
-    if on_gpu:
-        return flash(), f"kernels: {attention} (auto on a GPU), the rest reference; fused ones by --kernels fused"
-    return Ops(), f"kernels: reference (auto on a CPU; no fused ones: {fused_obstacle(device)})"
+    if run.kernels == "auto" and on_gpu:
+        return flash(), "kernels: PyTorch's attention (auto on a GPU), the rest reference; all by --kernels fused"
+    if run.kernels == "auto":
+        return Ops(), f"kernels: reference (auto on a CPU; no fused ones: {fused_obstacle(device)})"
+    cfg = run.model
+    length = models.num_tokens(cfg, shape.size) // models.of(cfg).time_space(cfg, shape.size)
+    plain = strategy not in ("ring", "usp")  # these merge parts of attention by their log-sum-exp
+    found = attention.choose(device, DTYPES[run.precision], cfg.head_size, length, widens=plain)
+    ops = fused(flash() if on_gpu else Ops())
+    return attention.with_attention(ops, found, cfg.head_size), f"kernels: fused; {found.told}"
 
 
 def _strategy(run: Run, shape: Shape, mesh: Mesh, device: torch.device) -> tuple[str, list[str]]:

@@ -208,11 +208,23 @@ def advance(
     if host is not None:
         return state._replace(**host.update_(grads, clip / max(norm, clip) if clip else 1.0))
     p, g, m, v, ema = (finetune.select(t, plan.trained) for t in (state.params, grads, *state.opt[:2], state.ema))
+    opt = optim.AdamState(m, v, state.opt.count)
+    if plan.run.kernels == "fused":
+        count = one_pass(plan)(p, g, opt, lr, clip / max(norm, clip) if clip else 1.0, ema, decay).count
+        return state._replace(opt=state.opt._replace(count=count))
     if clip:
         optim.clip_(g, norm, clip)
-    count = optimizer(plan).update_(p, g, optim.AdamState(m, v, state.opt.count), lr).count
+    count = optimizer(plan).update_(p, g, opt, lr).count
     optim.ema_(ema, p, decay)
     return state._replace(opt=state.opt._replace(count=count))
+
+
+def one_pass(plan: Plan) -> Callable:
+    """The optimizer's update by one kernel, with clipping's factor and the EMA in it."""
+    from odit.kernels import adamw  # which loads Triton
+
+    cfg = plan.run.optimizer
+    return adamw.fused(optimizer(plan), cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay).update_
 
 
 def agree(

@@ -428,9 +428,16 @@ def test_a_run_with_fused_kernels_equals_one_without(anywhere, make_plan, tiny, 
         composed = make_plan(small(tiny, kernels=choice, global_batch=6))
         params = train.init_state(composed, KEY).params
         params = tree.map(lambda p: p + 0.1 * random.normal(KEY, p.shape), params)
-        found.append(train.gradients(composed, params, batch, KEY))
-    assert "kernels: fused, reference attention" in composed.notes
-    (loss, grads, word), (loss1, grads1, word1) = found
+        grads = train.gradients(composed, params, batch, KEY)
+        state, step = train.init_state(composed, KEY)._replace(params=params), train.make_step(composed)
+        for _ in range(2):
+            state, _ = step(state, batch, KEY)
+        found.append((*grads, state))
+    assert "kernels: fused; reference attention (no GPU)" in composed.notes
+    (loss, grads, word, state), (loss1, grads1, word1, state1) = found
+    assert state.opt.count == state1.opt.count == 2
+    for a, b in zip(*([*tree.leaves(s.ema), *tree.leaves(s.params)] for s in (state, state1)), strict=True):
+        assert (a - b).abs().max() <= 1e-4  # two updates of at most the learning rate, 4e-3 after the warm-up's start
     assert torch.allclose(loss, loss1, rtol=1e-5) and word == word1
     for (path, a), b in zip(tree.items(grads), tree.leaves(grads1)):
         assert (a - b).norm() <= 1e-5 * a.norm() + 1e-7, path

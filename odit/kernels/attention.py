@@ -216,6 +216,7 @@ def choose(device: torch.device, dtype: torch.dtype, size: int, length: int, wid
     return Choice(BACKENDS["sdpa"], size, f"PyTorch's choice of attention (head size {size} was not measured{passed})")
 
 
+@functools.lru_cache(maxsize=64)  # the same record each time: blocks are compiled once a record
 def with_attention(ops: Ops, choice: Choice, size: int) -> Ops:
     """The record whose ``attend`` is the chosen one, for heads of ``size``.
 
