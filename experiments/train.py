@@ -48,11 +48,13 @@ def main(run: config.Run) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
         watch = stack.enter_context(health.Watch(meshes.store(), rank, world))
+        signals = stack.enter_context(health.Signals())
         health.same_everywhere(meshes.store(), rank, world, "command line", shared(run))
         mesh = meshes.make_mesh(world, rank, **checks.axes(run, world))
         meshes.warm_up(mesh)
         if rank == 0:
             stack.enter_context(record.Lock(run.out))
+        health.Exit.keep(run.out, rank)
         front = plan.load_front(run, mesh)
         dataset = data.open_dataset(run.data, front.tokenize)
         told = {"data": identity(dataset), "encoders": front.fingerprints}
@@ -70,7 +72,7 @@ def main(run: config.Run) -> None:
             return
         recorder = stack.enter_context(record.Recorder(run, state.step) if rank == 0 else record.Silent())
         with checkpoint.Saver(composed, run.checkpoint_async) as saver:
-            state = loop(composed, dataset, state, key, recorder, stop, watch, saver)
+            state = loop(composed, dataset, state, key, recorder, stop, watch, saver, signals)
         say(composed, f"{run.out}: step {state.step} of {run.steps} after {time.monotonic() - began:.0f} s")
         if state.step == run.steps:
             finish(composed, dataset, state, recorder)
@@ -159,8 +161,8 @@ def fresh(composed: plan.Plan, key: random.Key) -> train.TrainState:
     return state._replace(params=params, ema=tree.map(torch.clone, params))
 
 
-def loop(composed, dataset, state, key, recorder, stop, watch, saver) -> train.TrainState:
-    """Steps from ``state`` to ``stop``."""
+def loop(composed, dataset, state, key, recorder, stop, watch, saver, signals) -> train.TrainState:
+    """Steps from ``state`` to ``stop``; raises Stopped, with the state saved, where a signal asked for it."""
     run, step = composed.run, train.make_step(composed)
     batches = loader.batches(
         dataset,
@@ -181,8 +183,9 @@ def loop(composed, dataset, state, key, recorder, stop, watch, saver) -> train.T
     watch.beat()
     try:
         for batch in batches:
-            state, metrics = step(state, batch, key)
+            state, metrics = step(state, batch, key, signals.asked is not None)
             saver.at_step(state.step)
+            asked = metrics.pop("stop", False) and state.step < stop
             bad_streak = bad_streak + 1 if "bad" in metrics else 0
             if "bad" in metrics and composed.mesh.rank == 0:
                 tqdm.write(f"step {state.step}: {metrics['bad']} is not finite; the update was skipped")
@@ -201,6 +204,8 @@ def loop(composed, dataset, state, key, recorder, stop, watch, saver) -> train.T
             paused = time.monotonic()
             watch.rest()
             periodic(composed, dataset, state, recorder, stop, saver)
+            if asked:
+                leave(composed, dataset, state, saver, signals)
             watch.beat()
             mark += time.monotonic() - paused
     finally:
@@ -208,6 +213,15 @@ def loop(composed, dataset, state, key, recorder, stop, watch, saver) -> train.T
         batches.close()
         bar.close()
     return state
+
+
+def leave(composed, dataset, state, saver, signals) -> None:
+    """Saves and raises Stopped, on all ranks after the same step."""
+    saver.save(state, about(composed, dataset, state))
+    saver.settle()
+    by = signals.asked or "a signal to another rank"
+    told = f"stopped by {by} at step {state.step}, which is saved: go on with --resume latest"
+    raise health.Stopped(told if composed.mesh.rank == 0 else "")
 
 
 def a_rank(composed: plan.Plan, speed: float) -> tuple[str, dict[str, float]]:

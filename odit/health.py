@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -19,13 +20,16 @@ from typing import Any
 
 import torch
 
-from odit import tree
+from odit import storage, tree
 from odit.data import DataError
 from odit.parallel import mesh as meshes
 from odit.parallel.mesh import RanksLost
 
-# RELIABILITY: 2 config, 3 checkpoint, 4 data, 5 numeric, 6 storage, 7 distributed
-CONFIG, CHECKPOINT, DATA, NUMERIC, STORAGE, DISTRIBUTED = 2, 3, 4, 5, 6, 7
+# RELIABILITY: 2 config, 3 checkpoint, 4 data, 5 numeric, 6 storage, 7 distributed, 75 stopped by a signal (EX_TEMPFAIL)
+CONFIG, CHECKPOINT, DATA, NUMERIC, STORAGE, DISTRIBUTED, STOPPED = 2, 3, 4, 5, 6, 7, 75
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+AGAIN_S = 1.0  # a signal that comes sooner is the first one twice: to the terminal's group, and from the launcher
 
 ROLL_CALL_S = 2.0  # what ranks have to answer; a thread of each does so at once
 LOOK_S = 1.0  # how often a watch that expects no step looks whether it does again
@@ -44,6 +48,54 @@ class NumericError(ValueError):
     """Numbers that went bad for good, and where."""
 
 
+class Stopped(Exception):
+    """The end of a run that was asked to stop, once its state is saved; what rank 0 says of it."""
+
+
+class Signals:
+    """Takes SIGTERM, SIGINT and SIGUSR1 as a wish to stop after the step; a second one ends this process at once."""
+
+    def __init__(self):
+        self.asked: str | None = None
+        """Name of the signal."""
+        self.at, self.before = 0.0, {}
+
+    def __enter__(self) -> Signals:
+        self.before = {number: signal.signal(number, self._take) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: Any) -> None:
+        if self.asked is None:
+            self.asked, self.at = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self.at >= AGAIN_S:
+            leave(128 + number)
+
+
+class Exit:
+    """``exit/00000.json`` under a run's folder: this rank's own exit code and reason, as torchrun returns 1 for any."""
+
+    path: Path | None = None
+
+    @classmethod
+    def keep(cls, out: Path, rank: int) -> None:
+        """From now on this process tells its end there; what an earlier one told goes."""
+        storage.make_folders(out / "exit")
+        cls.path = out / "exit" / f"{rank:05d}.json"
+        cls.path.unlink(missing_ok=True)
+
+    @classmethod
+    def tell(cls, code: int, reason: str = "") -> None:
+        """Writes it, once; storage that fails is not told of, as there is no place to."""
+        path, cls.path = cls.path, None
+        if path is not None:
+            with contextlib.suppress(OSError):
+                storage.write_json(path, {"code": code, "reason": reason})
+
+
 def first_bad(named: tree.Tree) -> str | None:
     """Path of the first leaf with a NaN or an infinity; None where all are finite."""
     for path, leaf in tree.items(named):
@@ -56,8 +108,15 @@ def run(main: Callable[[], None]) -> None:
     """Runs a script's main function; an error a user can mend becomes one line on stderr and its exit code."""
     try:
         main()
+        Exit.tell(0)
+    except Stopped as error:
+        if str(error):
+            print(error, flush=True)
+        Exit.tell(STOPPED, str(error))
+        leave(STOPPED)
     except Exception as error:
         code, several = exit_code(error), "RANK" in os.environ
+        Exit.tell(code or 1, sentence(error))
         if code is not None and "ODIT_TRACEBACK" not in os.environ:
             print(
                 "\n" * several + f"error: {sentence(error)}", file=sys.stderr
@@ -93,6 +152,7 @@ def exit_code(error: Exception) -> int | None:
 
 def leave(code: int) -> None:
     """Ends this process here: the way through destructors may wait for ranks that are gone."""
+    Exit.tell(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -159,10 +159,11 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch, random.Key], tuple[Tra
 
     A step takes this rank's share of the global batch. A non-finite loss or gradient on any rank leaves weights,
     moments and EMA as they were, bit for bit, on all of them; the metrics then name the first bad tensor as ``bad``.
+    Where ``stop`` is true on any rank they hold ``stop`` on all of them.
     """
     cfg, host = plan.run.optimizer, offloaded(plan)
 
-    def step(state: TrainState, batch: Batch, key: random.Key) -> tuple[TrainState, dict[str, Any]]:
+    def step(state: TrainState, batch: Batch, key: random.Key, stop: bool = False) -> tuple[TrainState, dict[str, Any]]:
         lr = optim.learning_rate(cfg, state.step, plan.run.steps)
         decay = optim.ema_rate(cfg, int(state.opt.count))
         if host is not None:
@@ -170,8 +171,10 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch, random.Key], tuple[Tra
             settings = offload.Settings(state.opt.count, lr, decay, 1 / state.loss_scale.scale)
             host.begin(state.params, state.opt, state.ema, settings)
         loss_B, grads, words = gradients(plan, state.params, batch, key, state.loss_scale.scale, host)
-        loss, norm, word = agree(plan, loss_B, grads, words, host)
+        loss, norm, word, stop = agree(plan, loss_B, grads, words, host, stop)
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "draw_digest": f"{word:016x}"}
+        if stop:
+            metrics["stop"] = True
         finite = math.isfinite(loss) and math.isfinite(norm)
         if plan.dtype == torch.float16:
             metrics["loss_scale"] = state.loss_scale.scale
@@ -228,9 +231,15 @@ def one_pass(plan: Plan) -> Callable:
 
 
 def agree(
-    plan: Plan, loss_B: Tensor, grads: tree.Tree, words: Words, host: offload.Offload | None = None
-) -> tuple[float, float, int]:
-    """(mean loss, global gradient norm, draw digest) over all ranks, by one small all-reduce; the same bits on each.
+    plan: Plan,
+    loss_B: Tensor,
+    grads: tree.Tree,
+    words: Words,
+    host: offload.Offload | None = None,
+    stop: bool = False,
+) -> tuple[float, float, int, bool]:
+    """(mean loss, global gradient norm, draw digest, whether any rank wants to stop) over all ranks, by one small
+    all-reduce; the same bits on each.
 
     What several ranks hold alike counts once, with what the first of them has; samples with the first rank along sp.
     Raises DataError, on all ranks, where ranks that share samples saw different ones.
@@ -242,8 +251,9 @@ def agree(
     speaks = plan.mesh.sp.rank == 0
     loss = loss_B.double().sum() if speaks else torch.zeros((), dtype=torch.float64, device=plan.device)
     everybody = torch.tensor(pieces, dtype=torch.float64, device=plan.device)
-    told = torch.cat([torch.stack([loss, square]), everybody * speaks, everybody])
-    loss, total, *pieces = collectives.all_reduce_(told, plan.layout.axis).tolist()
+    wish = torch.full_like(square, float(stop))
+    told = torch.cat([torch.stack([loss, square, wish]), everybody * speaks, everybody])
+    loss, total, wishes, *pieces = collectives.all_reduce_(told, plan.layout.axis).tolist()
     if [plan.mesh.sp.size * piece for piece in pieces[:8]] != pieces[8:]:
         raise DataError(
             f"ranks that share samples over parallel.sp {plan.mesh.sp.size} read different ones, as where a picture "
@@ -251,7 +261,7 @@ def agree(
         )
     pieces = pieces[:4]
     word = sum(int(piece) << shift for piece, shift in zip(pieces, (0, 16, 32, 48)))
-    return loss / plan.run.global_batch, math.sqrt(total), word & (2**64 - 1)
+    return loss / plan.run.global_batch, math.sqrt(total), word & (2**64 - 1), wishes > 0
 
 
 def name_bad(plan: Plan, grads: tree.Tree, host: offload.Offload | None = None) -> str | None:

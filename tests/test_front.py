@@ -121,10 +121,11 @@ def test_the_loss_is_of_scaled_draws_and_of_what_the_encoder_says():
 def demo(kind):
     """A plan whose conditions are classes, captions by cross-attention, or one vector of them; re-drawn weights."""
     source = "digits" if kind == "class" else "digits-text"
+    reads = {} if kind == "class" else {"text_depth": 1, "text": kind}
     run = dataclasses.replace(
         config.presets()[source][1],
         **{"device": "cpu", "threads": 1, "sampling": Sampling(solver="euler", steps=2, guidance=Guidance(scale=3.0))},
-        model=dit.Config(width=24, depth=2, heads=4, patch=2, text_depth=1, text=kind if kind != "class" else "cross"),
+        model=dit.Config(width=24, depth=2, heads=4, patch=2, **reads),
     )
     front = plan.load_front(run)
     dataset = data.open_dataset(run.data, front.tokenize)

@@ -68,6 +68,7 @@ CASES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.every(5)
 @WORLDS
 @CASES
 def test_held_bytes_equal_the_formulas(held, world, model, stage, micro):

@@ -135,8 +135,9 @@ def test_training_from_the_cache_is_training_online(flip, folder, cache):
 
 def test_classes_and_captions_as_bytes_train_alike(folder, tmp_path):
     classes = data.Config(source="folder", path=folder / "classes", image_size=8)
-    kl = encoders.Config(vae="kl", vae_path=str(folder / "kl"), text_length=24)
     for name, source in (("classes", classes), ("bytes", args(folder, tmp_path).data)):
+        length = {"text_length": 24} if name == "bytes" else {}
+        kl = encoders.Config(vae="kl", vae_path=str(folder / "kl"), **length)
         out = tmp_path / name
         encode_script.main(args(folder, out, data=source, encoders=kl, mirror=False))
         run = online(folder, steps=4, encoders=kl, data=dataclasses.replace(source, held_out=0.2))

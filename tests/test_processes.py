@@ -354,3 +354,43 @@ def test_a_wrong_timeout_is_refused(text, monkeypatch):
     monkeypatch.setenv("ODIT_TIMEOUT_S", text)
     with pytest.raises(ValueError, match=f"ODIT_TIMEOUT_S is '{text}': use a positive number of seconds"):
         meshes.patience_s()
+
+
+# ------------------------------------------------------------------------------------------------ runs asked to stop
+
+
+def exits(out):
+    """Exit codes and reasons that ranks left, by rank."""
+    return [json.loads(path.read_text()) for path in sorted((out / "exit").glob("*.json"))]
+
+
+@pytest.mark.parametrize("whom", ["launcher", "rank 2"])
+def test_a_signal_leaves_one_checkpoint_and_its_own_code(tmp_path, whom):
+    """All ranks stop after the same step, whoever was told; the run goes on from there."""
+    with torchrun(tmp_path, "--no-progress", "--steps", "100000", "--checkpoint-every", "50000") as (launcher, log):
+        if whom == "launcher":
+            launcher.terminate()
+        else:
+            (pid,) = (pid for pid, rank in processes(tmp_path).items() if rank == 2)
+            os.kill(pid, signal.SIGUSR1)
+        assert launcher.wait(3 * END_S) != 0
+        assert wait_until(lambda: not processes(tmp_path), END_S), processes(tmp_path)
+    out = tmp_path / "run"
+    (folder,) = (out / "checkpoints").iterdir()
+    step = json.loads((folder / "manifest.json").read_text())["step"]
+    assert [told["code"] for told in exits(out)] == 4 * [75], log.read_text()
+    by = "SIGTERM" if whom == "launcher" else "a signal to another rank"
+    assert exits(out)[0]["reason"] == f"stopped by {by} at step {step}, which is saved: go on with --resume latest"
+    assert folder.name == f"step_{step:08d}" and not [told["reason"] for told in exits(out)[1:] if told["reason"]]
+
+
+def test_a_second_signal_ends_a_process_at_once(tmp_path):
+    code = (
+        "import os, signal, time\nfrom odit import health\n"
+        "with health.Signals() as signals:\n"
+        "    for _ in range(3):\n        os.kill(os.getpid(), signal.SIGTERM)\n"  # as a launcher repeats it
+        "    print(signals.asked, flush=True)\n    time.sleep(1.1)\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(5)\n    print('still there')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGINT, "SIGTERM\n"), done.stderr

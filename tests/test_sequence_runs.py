@@ -45,7 +45,7 @@ def moving_alone():
     return eight_steps(single(), MOVING)
 
 
-@pytest.mark.every(5)  # coprime to the axes, so that all their values come
+@pytest.mark.every(7)  # coprime to the axes, so that all their values come
 @pytest.mark.parametrize("name", [*NAMES, "auto"])
 @pytest.mark.parametrize("sp, stage", [(2, 2), (2, 3), (4, 2), (4, 3)])
 def test_digits_in_fp32_see_the_same_draws(ranks, digits_alone, name, sp, stage):
@@ -71,7 +71,7 @@ def same_log(logs, alone):
             assert word == word1 and abs(loss - loss1) <= 1e-5
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(7)
 @pytest.mark.parametrize("how", ["block", "selective", "offload"])
 @pytest.mark.parametrize("name", NAMES)
 def test_remat_and_offload_change_nothing(ranks, digits_alone, name, how):
@@ -81,6 +81,7 @@ def test_remat_and_offload_change_nothing(ranks, digits_alone, name, how):
     same_log(ranks.run(4, eight_steps, run, **sizes(name, 2), timeout_s=SECONDS), digits_alone)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("options", [{"remat": "block"}, {"remat": "selective"}, {"offload": "optimizer"}])
 def test_remat_and_offload_change_nothing_of_dsp(ranks, moving_alone, options):
     run = dataclasses.replace(MOVING, micro_batch=2, parallel=Parallel(sp=2, sequence="dsp", zero=3, **options))
@@ -277,7 +278,7 @@ def compiled_steps(mesh, name, remat):
 STRETCHES = {"ulysses": 3, "ring": 3, "usp": 3, "fastseq": 5, "megatron": 7}  # what lies between a block's collectives
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("name, remat", [*((name, "none") for name in NAMES), ("ulysses", "block")])
 def test_compiled_blocks_equal_eager_ones(ranks, name, remat):
     """Every stretch between collectives is compiled once with gradients and once without, however often it runs."""
