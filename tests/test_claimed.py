@@ -236,7 +236,7 @@ def two_steps(mesh, run):
     if host is not None:
         host.begin(state.params, state.opt, state.ema, offload.Settings(state.opt.count, 0.0, 0.0, 1.0))
     loss_B, grads, word = train.gradients(composed, state.params, batches[0], KEY, host=host)
-    loss, norm, _ = train.agree(composed, loss_B, grads, word, host)
+    loss, norm, *_ = train.agree(composed, loss_B, grads, word, host)
     if host is not None:
         leaves = enumerate(tree.leaves(params))
         grads = tree.unflatten(params, [host.totals[n].view(p.shape) for n, p in leaves])
