@@ -1,4 +1,5 @@
-"""Measures: ``python experiments/bench.py zero | sequence | encoders | attention | kernels``. One JSON object a row."""
+"""Measures: ``python experiments/bench.py kernels | attention | optimizer | train | sample | zero | sequence |
+encoders``. One JSON object a row."""
 
 from __future__ import annotations
 
@@ -7,14 +8,17 @@ from collections.abc import Callable
 import tyro
 
 from odit import health
-from odit.bench import attention, encoders, kernels, sequence, zero
+from odit.bench import attention, encoders, kernels, optimizer, sample, sequence, train, zero
 
 BENCHES: dict[str, Callable] = {
+    "kernels": kernels.kernels,
+    "attention": attention.attention_rows,
+    "optimizer": optimizer.optimizer,
+    "train": train.train_rows,
+    "sample": sample.sample_rows,
     "zero": zero.zero,
     "sequence": sequence.sequence,
     "encoders": encoders.encoders,
-    "attention": attention.attention_rows,
-    "kernels": kernels.kernels,
 }
 
 

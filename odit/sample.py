@@ -21,43 +21,54 @@ from odit.parallel.spread import spread
 from odit.plan import Plan
 
 
-def sample(
-    plan: Plan,
-    params: tree.Tree,
-    conditions_N: tree.Tree,
-    key: random.Key,
-    *,
-    sampling: Sampling | None = None,
-    start: int = 0,
-    batch: int = 256,
-    progress: Callable | None = None,
-) -> Tensor:
-    """Draws one picture or clip a condition: (N, C, [T,] H, W) fp32, as the model left them (not clamped).
+def sample(plan: Plan, params: tree.Tree, conditions_N: tree.Tree, key: random.Key, **settings: Any) -> Tensor:
+    """``sampler(plan, params)`` used once."""
+    return sampler(plan, params)(conditions_N, key, **settings)
 
-    Ranks along dp draw a share each, with ``parallel.cfg`` 2 pairs of them; all return all pictures.
 
-    Args:
+def sampler(plan: Plan, params: tree.Tree) -> Callable[..., Tensor]:
+    """What draws pictures from these weights, which must stay as they are: cast, compiled and captured once.
+
+    ``draw(conditions_N, key, *, sampling=None, start=0, batch=256, progress=None)`` gives one picture or clip a
+    condition: (N, C, [T,] H, W) fp32, as the model left them (not clamped). Ranks along dp draw a share each, with
+    ``parallel.cfg`` 2 pairs of them; all return all pictures.
+
         conditions_N: labels int64, or captions as ``plan.tokenize`` makes them; picture ``start + n`` shows number n.
             The null label, or the empty caption, gives unconditional pictures.
+        sampling: solver, steps and guidance; the run's own unless given.
         start: index of the first picture; its noise depends on key and index alone.
         batch: pictures at once on one rank.
         progress: wraps the iterable of solver steps, such as tqdm.
     """
-    sampling = sampling or plan.run.sampling
     with torch.no_grad():
         params, ops = plan.inference(params)
 
-        def forward(x: Tensor, t_B: Tensor, y: tree.Tree) -> Tensor:
-            return plan.forward(params, x, t_B, y, ops=ops)
+    def forward(x: Tensor, t_B: Tensor, y: tree.Tree) -> Tensor:
+        return plan.forward(params, x, t_B, y, ops=ops)
 
-        model = graphs.captured(forward) if graph_obstacle(plan, sampling) is None else forward
+    graphed = graphs.captured(forward)
+
+    def draw(
+        conditions_N: tree.Tree,
+        key: random.Key,
+        *,
+        sampling: Sampling | None = None,
+        start: int = 0,
+        batch: int = 256,
+        progress: Callable | None = None,
+    ) -> Tensor:
+        told = sampling or plan.run.sampling
+        model = graphed if graph_obstacle(plan, told) is None else forward
 
         def pictures(places_B: Tensor) -> Tensor:
             ids_B = (start + places_B).to(plan.device)
             conditions_B = tree.map(lambda c: c[places_B].to(plan.device), conditions_N)
-            return _sample_batch(plan, model, conditions_B, ids_B, key, sampling, progress)
+            return _sample_batch(plan, model, conditions_B, ids_B, key, told, progress)
 
-        return spread(pictures, len(tree.leaves(conditions_N)[0]), plan.mesh.pictures, batch).float()
+        with torch.no_grad():
+            return spread(pictures, len(tree.leaves(conditions_N)[0]), plan.mesh.pictures, batch).float()
+
+    return draw
 
 
 def graph_obstacle(plan: Plan, sampling: Sampling) -> str | None:

@@ -1,0 +1,128 @@
+"""Training steps with each choice of kernels, compilation and recomputation, on one GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch._dynamo.utils import counters
+
+from odit import config, data, models, plan, random, train
+from odit.bench.common import clear_peaks, device_name, now, peak, preset
+from odit.data import loader
+
+KERNELS = ("reference", "auto", "fused")
+REMATS = ("block", "selective")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Whole training steps (draws, forward, backward, AdamW, EMA) at equal batch."""
+
+    preset: str = "dit-xl-2"
+    """Model and objective of this preset of train.py, on synthetic latents."""
+    batch: int = 128
+    """Samples a step."""
+    micro_batch: int | None = None
+    """Samples a forward pass."""
+    ways: tuple[str, ...] = ("auto", "auto+compile", "fused", "fused+compile")
+    """Kernels (reference, auto, fused), with +compile, and with +block or +selective for what is recomputed."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Dtype of matrix products."""
+    steps: int = 10
+    """Measured steps; the row has their median."""
+    warmup: int = 3
+    """Steps before them; the first is told as start_s, compilation included."""
+    profile: int = 0
+    """Adds a row of the kernels that took longest in one more step, so many of them."""
+    device: str = "auto"
+    """'auto' takes a GPU where there is one."""
+
+
+def train_rows(cfg: Train) -> None:
+    """Prints a row a way: ms, samples/s, TFLOP/s (6 a multiply-accumulate of the model), peak memory, start-up, loss."""
+    for way in cfg.ways:
+        run = run_of(cfg, way)
+        about = {"name": "train", "preset": cfg.preset, "way": way, "batch": cfg.batch, "precision": cfg.precision}
+        try:
+            row, slowest = measure(cfg, run)
+        except torch.OutOfMemoryError as error:
+            row, slowest = {"error": str(error).split(". ")[0]}, []
+        print(json.dumps({**about, **row}), flush=True)
+        if slowest:
+            print(json.dumps({"name": "train kernels", "way": way, "kernels": slowest}), flush=True)
+
+
+def run_of(cfg: Train, way: str) -> config.Run:
+    """The run of a way such as fused+compile+selective; raises ValueError for a word that is none."""
+    kernels, *more = way.split("+")
+    known = {*REMATS, "compile"}
+    if kernels not in KERNELS or not known.issuperset(more):
+        raise ValueError(f"ways has {way!r}: use {', '.join(KERNELS)}, with +compile, +block or +selective")
+    remat = next((word for word in more if word in REMATS), "none")
+    run = preset(cfg.preset)
+    return dataclasses.replace(
+        run,
+        global_batch=cfg.batch,
+        micro_batch=cfg.micro_batch,
+        precision=cfg.precision,
+        kernels=kernels,
+        compile="compile" in more,
+        device=cfg.device,
+        steps=cfg.warmup + cfg.steps,
+        evaluate=False,
+        parallel=config.Parallel(remat=remat),
+    )
+
+
+def measure(cfg: Train, run: config.Run) -> tuple[dict[str, Any], list]:
+    """The row of a run, and its slowest kernels if they are asked for."""
+    torch._dynamo.reset()
+    counters.clear()
+    composed = plan.make(run, data.open_dataset(run.data, None))
+    clear_peaks(composed.device)
+    dataset, key = data.open_dataset(run.data, composed.front.tokenize), random.key(0)
+    (batch,) = loader.batches(dataset, key, global_batch=cfg.batch, stop=1)
+    state, step = train.init_state(composed, key), train.make_step(composed)
+    times = []
+    for number in range(cfg.warmup + cfg.steps):
+        if number == cfg.warmup and composed.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began = now(composed.device)
+        state, metrics = step(state, batch, key)
+        times.append(now(composed.device) - began)
+    ms = 1e3 * sorted(times[cfg.warmup :])[cfg.steps // 2]
+    flops = 6 * models.of(run.model).macs(run.model, composed.shape) * cfg.batch
+    row = {
+        "device": device_name(composed.device),
+        "kernels": next(line for line in composed.notes if line.startswith("kernels")),
+        "ms": round(ms, 2),
+        "samples_per_s": round(1e3 * cfg.batch / ms, 1),
+        "tflops": round(flops / ms / 1e9, 1),
+        "peak_gib": round(peak(composed.device) / 2**30, 2),
+        "start_s": round(times[0], 1),
+        "compilations": counters["stats"]["unique_graphs"],
+        "loss": metrics["loss"],
+    }
+    return row, slowest(lambda: step(state, batch, key), cfg.profile) if cfg.profile else []
+
+
+def slowest(run: Callable[[], Any], most: int) -> list[tuple[str, float, int]]:
+    """(kernel, ms, launches) of what took longest on the GPU in one call, and the sum and span of all of them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        began = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        span = time.perf_counter() - began
+    on_gpu = [e for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu.sort(key=lambda e: -e.self_device_time_total)
+    rows = [(e.key[:90], round(e.self_device_time_total / 1e3, 3), e.count) for e in on_gpu[:most]]
+    total = sum(e.self_device_time_total for e in on_gpu) / 1e3
+    return [("all kernels", round(total, 3), sum(e.count for e in on_gpu)), ("wall", round(1e3 * span, 3), 1), *rows]
