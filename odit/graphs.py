@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from odit import tree
 
@@ -15,8 +14,8 @@ WARM_UP = 2  # calls before a capture: libraries choose kernels and take workspa
 MOST = 4  # graphs that one function keeps; each holds the memory of a call
 
 
-def captured(fn: Callable[..., Tensor], record: Callable | None = None) -> Callable[..., Tensor]:
-    """``fn(*trees of tensors)`` by a graph a set of shapes, captured at its first call; no gradients.
+def captured(fn: Callable[..., Any], record: Callable | None = None) -> Callable[..., Any]:
+    """``fn(*trees of tensors) -> tree of tensors`` by a graph a set of shapes, captured when first met; no gradients.
 
     What ``fn`` closes over (weights) must stay where it is. Results are copies, the caller's own.
 
@@ -25,7 +24,7 @@ def captured(fn: Callable[..., Tensor], record: Callable | None = None) -> Calla
     """
     record, graphs = record or _record, {}
 
-    def call(*args: Any) -> Tensor:
+    def call(*args: Any) -> Any:
         leaves = tree.leaves(list(args))
         shapes = tuple((tuple(x.shape), x.dtype, x.device) for x in leaves)
         if shapes not in graphs:
@@ -36,12 +35,12 @@ def captured(fn: Callable[..., Tensor], record: Callable | None = None) -> Calla
         own, (replay, result) = graphs[shapes]
         torch._foreach_copy_(own, leaves)
         replay()
-        return result.clone()
+        return tree.map(torch.clone, result)
 
     return call
 
 
-def _record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def _record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """Captures a call on a stream of its own; its memory is the graph's until that is dropped."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -49,7 +49,7 @@ def predict(plan: Plan) -> Memory:
         standing = weigh.now()
         params = on_host if state is None else state[0]
         grads = _gradients(fake, params, _Down() if offloads else None)
-        if state is not None:
+        if state is not None and not fake.one_pass:
             opt = train.optimizer(fake).init({})._replace(m=state[1], v=state[2])
             params, grads = (finetune.select(t, fake.trained) for t in (params, grads))
             train.optimizer(fake).update_(params, grads, opt, 1e-4)
@@ -149,7 +149,7 @@ def _gradients(plan: Plan, params: tree.Tree, down: _Down | None) -> tree.Tree:
         draws = train.draw(plan, ids, shape, random.key(0))
         sink: zero.Sink | None = None if down is None else down.sink
         _, grads = train.part_gradients(plan, params, held, x, y, draws, sink=sink)
-        total = train.add(total, grads, params)
+        total = train.add(total, grads, params, plan.sums_dtype)
         del grads
     return plan.layout.reduce(total)
 

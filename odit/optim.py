@@ -135,7 +135,8 @@ def learning_rate(cfg: Config, step: int, steps: int) -> float:
 
 def squared_norm(grads: tree.Tree) -> Tensor:
     """Sum of squares over all leaves, in at least fp32; a scalar tensor. A sharded caller sums it across ranks."""
-    norms = torch._foreach_norm([g if g.dtype == torch.float64 else g.float() for g in tree.leaves(grads)])
+    leaves = tree.leaves(grads)
+    norms = torch._foreach_norm(leaves, dtype=torch.promote_types(leaves[0].dtype, torch.float32))
     return torch.stack(norms).square().sum()
 
 

@@ -54,6 +54,8 @@ class Plan:
     """Letters of the dims on which that strategy has weights stored split over sp, such as HF (heads, ffn)."""
     compiled: bool = False
     """Whether blocks are compiled: asked for, and possible here."""
+    one_pass: bool = False
+    """Whether the optimizer's update is one kernel."""
 
     front: Front = field(default_factory=Front)
     """What stands between data and model."""
@@ -88,6 +90,17 @@ class Plan:
     def home(self) -> torch.device:
         """Where masters, moments and EMA start to live."""
         return self.device if self.run.parallel.offload == "none" else torch.device("cpu")
+
+    @property
+    def sums_dtype(self) -> torch.dtype | None:
+        """Of gradients on their way to the optimizer; None for the masters', which summing over ranks or micro-batches
+        needs."""
+        return self.dtype if self.one_pass and self.mesh.world == 1 and self.num_micro == 1 else None
+
+    @functools.cached_property
+    def graphs(self) -> dict[Any, Callable]:
+        """Captured functions, by what they depend on (graphs.py)."""
+        return {}
 
     @property
     def budget(self) -> float | None:
@@ -225,6 +238,7 @@ def compose(run: Run, shape: Shape, mesh: Mesh | None = None, front: Front | Non
         notes=(*notes, *told),
         claimed=_claimed(name, run.model, mesh.sp.size),
         compiled=run.compile and obstacle is None,
+        one_pass=kernels.modulate is not Ops().modulate and run.parallel.offload == "none",
         front=front,
     )
 
@@ -234,16 +248,18 @@ def _kernels(run: Run, shape: Shape, device: torch.device, strategy: str) -> tup
     on_gpu = device.type == "cuda"
     if run.kernels == "reference":
         return Ops(), "kernels: reference"
-    if run.kernels == "auto" and on_gpu:
-        return flash(), "kernels: PyTorch's attention (auto on a GPU), the rest reference; all by --kernels fused"
-    if run.kernels == "auto":
-        return Ops(), f"kernels: reference (auto on a CPU; no fused ones: {fused_obstacle(device)})"
+    if run.kernels == "auto" and (why := fused_obstacle(device)):
+        if on_gpu:
+            return flash(), f"kernels: PyTorch's attention, the rest reference (auto; no fused ones: {why})"
+        return Ops(), f"kernels: reference (auto; no fused ones: {why})"
     cfg = run.model
     length = models.num_tokens(cfg, shape.size) // models.of(cfg).time_space(cfg, shape.size)
     plain = strategy not in ("ring", "usp")  # these merge parts of attention by their log-sum-exp
     found = attention.choose(device, DTYPES[run.precision], cfg.head_size, length, widens=plain)
     ops = fused(flash() if on_gpu else Ops())
-    return attention.with_attention(ops, found, cfg.head_size), f"kernels: fused; {found.told}"
+    return attention.with_attention(
+        ops, found, cfg.head_size
+    ), f"kernels: fused{' (auto)' * (run.kernels == 'auto')}; {found.told}"
 
 
 def _strategy(run: Run, shape: Shape, mesh: Mesh, device: torch.device) -> tuple[str, list[str]]:

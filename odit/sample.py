@@ -46,7 +46,11 @@ def sampler(plan: Plan, params: tree.Tree) -> Callable[..., Tensor]:
     def forward(x: Tensor, t_B: Tensor, y: tree.Tree) -> Tensor:
         return plan.forward(params, x, t_B, y, ops=ops)
 
-    graphed = graphs.captured(forward)
+    graphed: dict[tuple, Callable] = {}
+
+    def as_graph(fn: Callable, *told: Any) -> Callable:
+        """What was captured for these settings; ``fn`` does the same as when that was."""
+        return graphed.setdefault(told, graphs.captured(fn))
 
     def draw(
         conditions_N: tree.Tree,
@@ -58,12 +62,12 @@ def sampler(plan: Plan, params: tree.Tree) -> Callable[..., Tensor]:
         progress: Callable | None = None,
     ) -> Tensor:
         told = sampling or plan.run.sampling
-        model = graphed if graph_obstacle(plan, told) is None else forward
+        wrap = as_graph if graph_obstacle(plan, told) is None else guidance.as_is
 
         def pictures(places_B: Tensor) -> Tensor:
             ids_B = (start + places_B).to(plan.device)
             conditions_B = tree.map(lambda c: c[places_B].to(plan.device), conditions_N)
-            return _sample_batch(plan, model, conditions_B, ids_B, key, told, progress)
+            return _sample_batch(plan, forward, conditions_B, ids_B, key, told, progress, wrap)
 
         with torch.no_grad():
             return spread(pictures, len(tree.leaves(conditions_N)[0]), plan.mesh.pictures, batch).float()
@@ -79,12 +83,14 @@ def graph_obstacle(plan: Plan, sampling: Sampling) -> str | None:
         return f"the device is {plan.device.type}"
     if plan.mesh.sp.size > 1:
         return f"parallel.sp {plan.mesh.sp.size} passes tokens between ranks in each block"
+    if plan.mesh.cfg.size > 1:
+        return "parallel.cfg 2 passes predictions between ranks in each step"
     if plan.layout.stage == 3 and plan.mesh.world > 1:
         return "parallel.zero 3 gathers weights in each block"
     return "weights are in host memory" if plan.home != plan.device else None
 
 
-def _sample_batch(plan, model, conditions_B, ids_B, key, sampling: Sampling, progress) -> Tensor:
+def _sample_batch(plan, model, conditions_B, ids_B, key, sampling: Sampling, progress, wrap) -> Tensor:
     shape, g = plan.shape.sample, sampling.guidance
     null_1, conditions_B = plan.front.embed(plan.null), plan.front.embed(conditions_B)
     scale = g.scale if plan.shape.conditional else 1.0
@@ -96,6 +102,7 @@ def _sample_batch(plan, model, conditions_B, ids_B, key, sampling: Sampling, pro
         interval=g.interval,
         channels=g.channels,
         both=guidance.in_one_call if plan.mesh.cfg.size == 1 else in_halves(plan.mesh.cfg),
+        wrap=wrap,
     )
     drawn = solvers.sample(
         plan.objective,

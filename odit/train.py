@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from odit import finetune, health, optim, random, tree
+from odit import finetune, graphs, health, optim, random, tree
 from odit.data import Batch, DataError
 from odit.ops import Ops
 from odit.parallel import collectives, offload, spec, zero
@@ -17,6 +17,7 @@ from odit.plan import Plan
 
 GROW_AFTER = 2000  # finite steps before the fp16 loss scale doubles, as torch.amp.GradScaler
 FIRST_SCALE = 2.0**16
+MOST_DRAWN = 2**22  # values of a batch up to which draws are a graph, whose memory stays taken
 
 
 class LossScale(NamedTuple):
@@ -48,11 +49,11 @@ class Draws(NamedTuple):
 
 
 class Words(NamedTuple):
-    """64-bit hashes of what a rank's samples are."""
+    """64-bit hashes of what a rank's samples are, int64 scalars on the device."""
 
-    draws: int
+    draws: Tensor
     """``digest``: what is logged."""
-    x: int
+    x: Tensor
     """Of the pictures, clips or latents as they were read; ranks that share samples compare it."""
 
 
@@ -94,20 +95,30 @@ def draw(plan: Plan, ids_B: Tensor, shape: tuple[int, ...], key: random.Key) -> 
     return Draws(t_B, noise, dropped)
 
 
+def drawn(plan: Plan, ids_B: Tensor, shape: tuple[int, ...], key: random.Key) -> Draws:
+    """``draw``; on a GPU as one graph where samples are few enough for launches to take longer than the drawing."""
+    if plan.device.type != "cuda" or len(ids_B) * math.prod(shape) > MOST_DRAWN:
+        return draw(plan, ids_B, shape, key)
+    place = (shape, key)
+    if place not in plan.graphs:
+        plan.graphs[place] = graphs.captured(lambda ids: list(draw(plan, ids, shape, key)))
+    return Draws(*plan.graphs[place](ids_B))
+
+
 def digest(ids_B: Tensor, draws: Draws, conditions: tree.Tree) -> int:
     """Sums over samples (modulo 2**64) a hash of the very bits that enter the loss: id, time, noise, condition.
 
     A sample's words are weighed with odd multipliers by position and mixed (splitmix64's finaliser), so that any
     flipped bit changes the sum, and the sum does not depend on the order of samples nor on how they are shared out.
     """
-    return _hash((ids_B, draws.t_B, draws.noise, draws.dropped_B, *tree.leaves(conditions)))
+    return int(_hash((ids_B, draws.t_B, draws.noise, draws.dropped_B, *tree.leaves(conditions)))) & (2**64 - 1)
 
 
-def _hash(parts: tuple[Tensor, ...]) -> int:
+def _hash(parts: tuple[Tensor, ...]) -> Tensor:
     words = torch.cat([_words(part).reshape(len(part), -1) for part in parts], 1)
     place = torch.arange(words.shape[1], dtype=torch.int64, device=words.device)
     weights = _mix(place * -7046029254386353131 + 1) | 1  # 0x9E3779B97F4A7C15, splitmix64's increment
-    return int(_mix((words * weights).sum(1)).sum()) & (2**64 - 1)
+    return _mix((words * weights).sum(1)).sum()
 
 
 def _words(x: Tensor) -> Tensor:
@@ -171,6 +182,7 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch, random.Key], tuple[Tra
             settings = offload.Settings(state.opt.count, lr, decay, 1 / state.loss_scale.scale)
             host.begin(state.params, state.opt, state.ema, settings)
         loss_B, grads, words = gradients(plan, state.params, batch, key, state.loss_scale.scale, host)
+        move = update(plan, state, grads, host)
         loss, norm, word, stop = agree(plan, loss_B, grads, words, host, stop)
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "draw_digest": f"{word:016x}"}
         if stop:
@@ -179,7 +191,7 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch, random.Key], tuple[Tra
         if plan.dtype == torch.float16:
             metrics["loss_scale"] = state.loss_scale.scale
         if finite:
-            state = advance(plan, state, grads, lr, decay, norm, host)
+            state = move(lr, decay, norm)
         else:
             metrics["bad"] = name_bad(plan, grads, host) or ("grad_norm" if math.isfinite(loss) else "loss")
         scale = next_scale(state.loss_scale, finite) if plan.dtype == torch.float16 else state.loss_scale
@@ -197,29 +209,36 @@ def offloaded(plan: Plan) -> offload.Offload | None:
     return offload.Offload(plan.layout, optimizer(plan), everything, plan.budget, plan.num_micro, frozen)
 
 
-def advance(
-    plan: Plan,
-    state: TrainState,
-    grads: tree.Tree,
-    lr: float,
-    decay: float,
-    norm: float,
-    host: offload.Offload | None = None,
-) -> TrainState:
-    """The state after an update by AdamW and EMA, given gradients and their global norm; leaves move in place."""
-    clip = plan.run.optimizer.clip
+def update(
+    plan: Plan, state: TrainState, grads: tree.Tree, host: offload.Offload | None = None
+) -> Callable[[float, float, float], TrainState]:
+    """``move(lr, decay, norm) -> state`` after an update by AdamW and EMA, where ``norm`` is the gradients' global one;
+    leaves move in place. What needs no number is done here, while a GPU still computes the gradients."""
+    clip, kept = plan.run.optimizer.clip, plan.trained
+
+    def factor(norm: float) -> float:
+        return clip / max(norm, clip) if clip else 1.0
+
     if host is not None:
-        return state._replace(**host.update_(grads, clip / max(norm, clip) if clip else 1.0))
-    p, g, m, v, ema = (finetune.select(t, plan.trained) for t in (state.params, grads, *state.opt[:2], state.ema))
+        return lambda lr, decay, norm: state._replace(**host.update_(grads, factor(norm)))
+    p, g, m, v, ema = (finetune.select(t, kept) for t in (state.params, grads, *state.opt[:2], state.ema))
     opt = optim.AdamState(m, v, state.opt.count)
-    if plan.run.kernels == "fused":
-        count = one_pass(plan)(p, g, opt, lr, clip / max(norm, clip) if clip else 1.0, ema, decay).count
-        return state._replace(opt=state.opt._replace(count=count))
-    if clip:
-        optim.clip_(g, norm, clip)
-    count = optimizer(plan).update_(p, g, opt, lr).count
-    optim.ema_(ema, p, decay)
-    return state._replace(opt=state.opt._replace(count=count))
+
+    def moved(found: optim.AdamState) -> TrainState:
+        return state._replace(opt=state.opt._replace(count=found.count))
+
+    if plan.one_pass:
+        ready = one_pass(plan)(p, g, opt, ema)
+        return lambda lr, decay, norm: moved(ready(lr, factor(norm), decay))
+
+    def plainly(lr: float, decay: float, norm: float) -> TrainState:
+        if clip:
+            optim.clip_(g, norm, clip)
+        found = optimizer(plan).update_(p, g, opt, lr)
+        optim.ema_(ema, p, decay)
+        return moved(found)
+
+    return plainly
 
 
 def one_pass(plan: Plan) -> Callable:
@@ -227,7 +246,7 @@ def one_pass(plan: Plan) -> Callable:
     from odit.kernels import adamw  # which loads Triton
 
     cfg = plan.run.optimizer
-    return adamw.fused(optimizer(plan), cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay).update_
+    return adamw.fused(optimizer(plan), cfg.beta1, cfg.beta2, cfg.eps, cfg.weight_decay).prepare
 
 
 def agree(
@@ -247,10 +266,10 @@ def agree(
     square = plan.layout.squared_norm(grads).double()
     if host is not None:
         square = square + host.squared_norm()
-    pieces = [(word >> shift) & 0xFFFF for word in words for shift in (0, 16, 32, 48)]  # fp64 sums them exactly
+    pieces = torch.stack([(word >> shift) & 0xFFFF for word in words for shift in (0, 16, 32, 48)])
+    everybody = pieces.double()  # which sums them exactly
     speaks = plan.mesh.sp.rank == 0
     loss = loss_B.double().sum() if speaks else torch.zeros((), dtype=torch.float64, device=plan.device)
-    everybody = torch.tensor(pieces, dtype=torch.float64, device=plan.device)
     wish = torch.full_like(square, float(stop))
     told = torch.cat([torch.stack([loss, square, wish]), everybody * speaks, everybody])
     loss, total, wishes, *pieces = collectives.all_reduce_(told, plan.layout.axis).tolist()
@@ -288,24 +307,25 @@ def gradients(
     layout = plan.layout
     params = params if host is None else host.sources(params)
     held = layout.hold(params)
-    total, all_losses, word, seen = None, [], 0, 0
+    total, all_losses, zero_ = None, [], torch.zeros((), dtype=torch.int64, device=plan.device)
+    word, seen = zero_, zero_
     parts = micro_batches(batch, plan.micro_batch)
     for number, part in enumerate(parts):
         ids, x, y = tree.map(lambda field: field.to(plan.device, non_blocking=True), list(part))
-        seen += _hash((x,)) if plan.mesh.sp.size > 1 else 0
+        seen = seen + _hash((x,)) if plan.mesh.sp.size > 1 else seen
         x = plan.front.latents(x, ids, key)
-        draws = draw(plan, ids, tuple(x.shape[1:]), key)
-        word += digest(ids, draws, conditions(plan, y, draws.dropped_B))
+        draws = drawn(plan, ids, tuple(x.shape[1:]), key)
+        word = word + _hash((ids, *draws, *tree.leaves(conditions(plan, y, draws.dropped_B))))
         sink = None if host is None else host.sink(first=number == 0, last=number == len(parts) - 1)
         loss_B, grads = part_gradients(plan, params, held, x, y, draws, scale, sink)
         all_losses.append(loss_B)
-        total = add(total, grads, params)
+        total = add(total, grads, params, plan.sums_dtype)
         del grads  # or they would stand beside the sum until the next ones come
     total = layout.reduce(total)
     here = [g for g in tree.leaves(total) if g is not None]
     if scale != 1 and here:
         torch._foreach_mul_(here, 1 / scale)
-    return torch.cat(all_losses), total, Words(word & (2**64 - 1), seen & (2**64 - 1))
+    return torch.cat(all_losses), total, Words(word, seen)
 
 
 def part_gradients(
@@ -328,11 +348,11 @@ def part_gradients(
     return value_and_grad(loss_sum, plan.layout.targets(params, held), plan.trained)[1:]
 
 
-def add(total: tree.Tree | None, grads: tree.Tree, params: tree.Tree) -> tree.Tree:
-    """Gradients so far and those of one more micro-batch, in the masters' dtype."""
+def add(total: tree.Tree | None, grads: tree.Tree, params: tree.Tree, dtype: torch.dtype | None = None) -> tree.Tree:
+    """Gradients so far and those of one more micro-batch; in ``dtype``, or in the masters'."""
     if total is not None:
-        grads = tree.map(lambda a, b: None if b is None else a.add_(b), total, grads)
-    return tree.map(lambda g, p: None if g is None else g.to(p.dtype), grads, params)
+        return tree.map(lambda a, b: None if b is None else a.add_(b), total, grads)
+    return tree.map(lambda g, p: None if g is None else g.to(dtype or p.dtype), grads, params)
 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:

@@ -16,7 +16,7 @@ from odit.data import loader
 
 pytest.importorskip("triton")
 
-from odit.kernels import adamw, rows
+from odit.kernels import adamw, bias_gelu, rows
 from odit.kernels.gated import gated
 from odit.kernels.gated_modulate import gated_modulate
 from odit.kernels.modulate import modulate
@@ -53,6 +53,7 @@ KERNELS = {
     "modulate": Kernel(modulate, ops.modulate, "xmm", 1, "modulate"),
     "gated": Kernel(gated, ops.gated, "xmx", 1, "gated"),
     "gated_modulate": Kernel(gated_modulate, ops.gated_modulate, "xmxmm", 2, "gated_modulate"),
+    "bias_gelu": Kernel(bias_gelu.bias_gelu, bias_gelu.reference, "xm", 1, "bias_gelu"),
     "norm_rotate": Kernel(lambda q, w: norm_rotate(q, w, tables(q)), both, "qw", 1, "norm_rotate"),
     "norm": Kernel(lambda q, w: norm_rotate(q, w, ()), ops.rms_norm, "qw", 1),
     "rotate": Kernel(lambda q: norm_rotate(q, None, tables(q)), lambda q: ops.rotate(q, *tables(q)), "q", 1),
@@ -285,7 +286,7 @@ def arguments(kernel, given):
         q, w = given
         expanded = [t.expand(len(q), *t.shape) for t in tables(q)]
         return q, w.expand(len(q), -1), *expanded, ops.EPS, True, True
-    return given if kernel.operator == "gated" else (*given, ops.EPS)
+    return given if kernel.operator in ("gated", "bias_gelu") else (*given, ops.EPS)
 
 
 @GRAD_LOOKED_AT
@@ -305,6 +306,7 @@ BACKWARD = {  # what its operator takes; x stands for cotangents, which are like
     "modulate": lambda x, shift, scale: (x, x, scale, ops.EPS),
     "gated": lambda x, gate, branch: (x, gate, branch),
     "gated_modulate": lambda x, gate, branch, shift, scale: (x, x, x, gate, branch, scale, ops.EPS),
+    "bias_gelu": lambda y, b: (y, y, b),
     "norm_rotate": lambda q, w: (q, *arguments(KERNELS["norm_rotate"], (q, w))),
 }
 
@@ -458,7 +460,7 @@ def test_why_they_are_off_is_told(monkeypatch, make_plan, tiny):
     cpu = torch.device("cpu")
     assert kernels.obstacle(cpu) == "they need a GPU, and the device is cpu"
     notes = make_plan(tiny).notes
-    assert "kernels: reference (auto on a CPU; no fused ones: they need a GPU, and the device is cpu)" in notes
+    assert "kernels: reference (auto; no fused ones: they need a GPU, and the device is cpu)" in notes
     with pytest.raises(ValueError, match=r"kernels is fused.*the device is cpu.*use --kernels auto or reference"):
         checks.check(dataclasses.replace(tiny, kernels="fused", device="cpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -486,3 +488,22 @@ def test_the_interpreter_leaves_triton_as_it_was():
     modulate(*inputs(KERNELS["modulate"], 1, 1, 64))
     after = (JITFunction.__call__, tl.core.load, tl.load, tl.core.reduce, tl.dtype.to_ir, tl.tensor.__dict__.copy())
     assert before == after
+
+
+@pytest.mark.parametrize("kernel", [bias_gelu.bias_gelu, bias_gelu.reference])
+def test_far_from_zero_gelu_is_finite(kernel):
+    y = torch.tensor([-1e4, -30.0, -13.0, -0.0, 13.0, 1e4]).reshape(1, 6, 1).requires_grad_()
+    h = kernel(y, torch.zeros(1, 1))
+    (slope,) = torch.autograd.grad(h.sum(), y)
+    torch.testing.assert_close(h.flatten(), torch.tensor([0.0, 0.0, 0.0, 0.0, 13.0, 1e4]), atol=1e-30, rtol=0)
+    torch.testing.assert_close(slope.flatten(), torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0]), atol=1e-30, rtol=0)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_mlp_is_that_of_the_reference(ndim):
+    shapes = {"fc1": {"w": (24, 8), "b": (24,)}, "fc2": {"w": (8, 24), "b": (8,)}}
+    p = {k: {n: random.normal(random.fold_in(KEY, k, n), shape) for n, shape in v.items()} for k, v in shapes.items()}
+    h = random.normal(KEY, (2, 5, 8)[-ndim:])
+    leaves = [h.requires_grad_(), *(x.requires_grad_() for x in tree.leaves(p))]
+    found, expected = (torch.autograd.grad(f(h, p).square().sum(), leaves) for f in (bias_gelu.mlp, ops.mlp))
+    assert max(map(relative, found, expected)) < 1e-6

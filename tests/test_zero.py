@@ -162,7 +162,7 @@ def ema_on_a_rank(mesh, run):
     opt = train.optimizer(composed).init(params)
     state = train.TrainState(0, params, opt, ema, train.LossScale(1.0, 0))
     with recorder.recording() as events:
-        state = train.advance(composed, state, tree.map(torch.ones_like, params), lr=0.0, decay=0.9, norm=1.0)
+        state = train.update(composed, state, tree.map(torch.ones_like, params))(0.0, 0.9, 1.0)
     return len(events), state.ema
 
 

@@ -15,7 +15,8 @@ from torch._functorch import config as functorch_config
 from odit import checks, ops, plan
 from odit.bench.common import device_name, now
 
-CLEARED = 2**30  # bytes written between two calls: nothing is left in a cache, and the next call is queued meanwhile
+CLEARED = 2**28  # bytes written between two calls: nothing is left in a cache
+AHEAD = 2_000_000  # cycles of the GPU that pass before a call, which is queued meanwhile
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Kernels:
     """Heads that it is cut into for norm_rotate."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Dtype of tensors."""
-    kernels: tuple[str, ...] = ("modulate", "gated", "gated_modulate", "norm_rotate")
+    kernels: tuple[str, ...] = ("modulate", "gated", "gated_modulate", "bias_gelu", "norm_rotate")
     """Which."""
     compile: bool = True
     """Times torch.compile of the reference too."""
@@ -76,6 +77,8 @@ def copy_gb_per_s(device: torch.device, repeats: int, size: int) -> float:
 
 def make_case(cfg: Kernels, name: str, device: torch.device) -> Case:
     """The kernel of that name on inputs that depend on shapes alone; raises ValueError where there is none."""
+    from odit.kernels.bias_gelu import bias_gelu
+    from odit.kernels.bias_gelu import reference as gelu_reference
     from odit.kernels.gated import gated
     from odit.kernels.gated_modulate import gated_modulate
     from odit.kernels.modulate import modulate
@@ -91,8 +94,11 @@ def make_case(cfg: Kernels, name: str, device: torch.device) -> Case:
         return Case(gated, ops.gated, (x, gate, branch), (3, 3))
     if name == "gated_modulate":
         return Case(gated_modulate, ops.gated_modulate, (x, gate, branch, shift, scale), (4, 6))
+    if name == "bias_gelu":
+        y, b = drawn(0, (B, L, 4 * D), device).to(dtype), drawn(1, (4 * D,), device).to(dtype)
+        return Case(bias_gelu, gelu_reference, (y, b.expand(B, -1)), (2, 3))
     if name != "norm_rotate":
-        raise ValueError(f"kernels has {name!r}: use modulate, gated, gated_modulate, norm_rotate")
+        raise ValueError(f"kernels has {name!r}: use modulate, gated, gated_modulate, bias_gelu, norm_rotate")
     if D % (2 * H):
         raise ValueError(f"width {D} is no even number of values a head for heads {H}: use another number of heads")
     angles, weight = drawn(3, (L, D // H // 2), device), drawn(4, (D // H,), device).to(dtype)
@@ -170,6 +176,7 @@ def milliseconds(device: torch.device, repeats: int, run: Callable[[], Any]) -> 
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for before, after in events:
         scratch.zero_()
+        torch.cuda._sleep(AHEAD)
         before.record()
         run()
         after.record()

@@ -45,7 +45,7 @@ class Train:
 
 
 def train_rows(cfg: Train) -> None:
-    """Prints a row a way: ms, samples/s, TFLOP/s (6 a multiply-accumulate of the model), peak memory, start-up, loss."""
+    """Prints a row a way: ms, samples/s, TFLOP/s (6 a multiply-accumulate of the model), peak memory, start, loss."""
     for way in cfg.ways:
         run = run_of(cfg, way)
         about = {"name": "train", "preset": cfg.preset, "way": way, "batch": cfg.batch, "precision": cfg.precision}

@@ -28,6 +28,11 @@ def in_one_call(model, x, t_net_B, cond_B, null_B) -> tuple[Tensor, Tensor]:
     return cond, null
 
 
+def as_is(fn, *told):
+    """``fn`` itself."""
+    return fn
+
+
 def guided(
     model,
     cond_B,
@@ -37,6 +42,7 @@ def guided(
     interval: tuple[float, float] = (0.0, 1.0),
     channels: int | None = None,
     both=in_one_call,
+    wrap=as_is,
 ):
     """Makes ``model_guided(x, t_net_B, level)`` of ``model(x, t_net_B, cond)``: null + scale (cond - null).
 
@@ -48,6 +54,7 @@ def guided(
         channels: how many leading channels are guided: 3 in DiT's published numbers, None for all C of the prediction.
             The others, a learned variance among them, are the conditional pass's.
         both: ``(model, x, t_net_B, cond_B, null_B) -> (conditional, null)``, which runs the two passes.
+        wrap: ``wrap(fn, *told) -> fn`` of what is called in each step, a function of tensors and of what is told.
     """
     low, high = interval
     if not math.isfinite(scale):
@@ -57,14 +64,19 @@ def guided(
     if channels is not None and channels < 1:
         raise ValueError(f"sampling.guidance.channels is {channels}: use 1 or more, or leave it out for all")
 
-    def model_guided(x, t_net_B, level: float):
-        if scale == 1 or not low <= level <= high:
-            return model(x, t_net_B, cond_B)
+    def toward(x, t_net_B, cond_B, null_B):
         num = x.shape[1] if channels is None else channels
         assert num <= x.shape[1], f"{num} guided channels of {x.shape[1]}"
         # the difference is small and scale large: not in bf16
         cond, null = (at_least_fp32(out) for out in both(model, x, t_net_B, cond_B, null_B))
-        toward = null[:, :num] + scale * (cond[:, :num] - null[:, :num])
-        return torch.cat([toward, cond[:, num:]], 1)
+        guided = null[:, :num] + scale * (cond[:, :num] - null[:, :num])
+        return torch.cat([guided, cond[:, num:]], 1)
+
+    alone, together = wrap(model), wrap(toward, scale, channels)
+
+    def model_guided(x, t_net_B, level: float):
+        if scale == 1 or not low <= level <= high:
+            return alone(x, t_net_B, cond_B)
+        return together(x, t_net_B, cond_B, null_B)
 
     return model_guided

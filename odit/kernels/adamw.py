@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -104,8 +105,9 @@ def chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).to(device)
 
 
-def pass_(arrays: list[tuple[Tensor | None, ...]], scalars: tuple[float, ...]) -> None:
-    """The kernel over leaves (grad, p, m, v, ema or None, low or None) of one device and one set of dtypes."""
+def prepare(arrays: list[tuple[Tensor | None, ...]]) -> Callable[[tuple[float, ...]], None]:
+    """The kernel over leaves (grad, p, m, v, ema or None, low or None) of one device and one set of dtypes, ready to be
+    launched with its scalars."""
     grad, p, *_, ema, low = arrays[0]
     assert grad is not None and p is not None
     pointers = [[0 if x is None else x.data_ptr() for x in leaf] for leaf in arrays]
@@ -120,7 +122,7 @@ def pass_(arrays: list[tuple[Tensor | None, ...]], scalars: tuple[float, ...]) -
         "BLOCK": CHUNK // 2 if p.device.type == "cpu" else BLOCK,  # the interpreter's time is that of its operations
         "num_warps": 4,
     }
-    launch(kernel, len(cut), p.device, table, cut, *scalars, **constants)
+    return lambda scalars: launch(kernel, len(cut), p.device, table, cut, *scalars, **constants)
 
 
 def served(arrays: list[tuple[Tensor | None, ...]]) -> bool:
@@ -135,12 +137,25 @@ def served(arrays: list[tuple[Tensor | None, ...]]) -> bool:
     )
 
 
-def fused(plain: Any, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0) -> Any:
+class OnePass(NamedTuple):
+    """``optim.Optimizer``'s two functions, and the second one in two parts."""
+
+    init: Callable
+    update_: Callable
+    prepare: Callable
+
+
+def fused(
+    plain: Any, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0
+) -> OnePass:
     """The optimizer ``plain`` (``optim.adamw`` of the same settings) with an ``update_`` that is one kernel.
 
     ``update_(params, grads, state, lr, scale=1.0, ema=None, decay=0.0, low=None) -> state`` moves params, moments and
     ``ema`` in place and writes ``low``, the params in another dtype. ``scale`` multiplies the gradients (clipping),
     which stay as they are. What the kernel does not take (fp64, state that is not contiguous) goes through ``plain``.
+
+    ``prepare(params, grads, state, ema=None, low=None) -> update`` does all that needs no number, while gradients are
+    still being computed; ``update(lr, scale=1.0, decay=0.0) -> state`` is the rest.
     """
 
     def scalars(step: int, lr: float, scale: float, decay: float) -> tuple[float, ...]:
@@ -149,25 +164,35 @@ def fused(plain: Any, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-
         return tuple(map(float, rates))
 
     @torch.no_grad()
-    def update_(
-        params: tree.Tree, grads: tree.Tree, state: Any, lr: float, scale: float = 1.0, ema: tree.Tree | None = None,
-        decay: float = 0.0, low: tree.Tree | None = None,
-    ) -> Any:  # fmt: skip
+    def prepared(
+        params: tree.Tree, grads: tree.Tree, state: Any, ema: tree.Tree | None = None, low: tree.Tree | None = None
+    ) -> Callable[..., Any]:
         p, g, m, v = (tree.leaves(t) for t in (params, grads, state.m, state.v))
         averages, copies = (tree.leaves(t) if t is not None else [None] * len(p) for t in (ema, low))
         arrays = list(zip(g, p, m, v, averages, copies))
         if not arrays or not served(arrays):
-            return plainly_(params, grads, state, lr, scale, ema, decay, low)
+            return lambda lr, scale=1.0, decay=0.0: plainly_(params, grads, state, lr, scale, ema, decay, low)
         groups: dict[Any, list] = {}
         for grad, *leaf, copy in arrays:
             groups.setdefault((grad.dtype, copy is not None and copy.dtype), []).append(
                 (grad.contiguous(), *leaf, copy)
             )
-        count = state.count + 1
-        for group in groups.values():
-            pass_(group, scalars(int(count), lr, scale, decay))
-        return state._replace(count=count)
+        launches, count = [prepare(group) for group in groups.values()], state.count + 1
 
+        def update(lr: float, scale: float = 1.0, decay: float = 0.0) -> Any:
+            for launched in launches:
+                launched(scalars(int(count), lr, scale, decay))
+            return state._replace(count=count)
+
+        return update
+
+    def update_(
+        params: tree.Tree, grads: tree.Tree, state: Any, lr: float, scale: float = 1.0, ema: tree.Tree | None = None,
+        decay: float = 0.0, low: tree.Tree | None = None,
+    ) -> Any:  # fmt: skip
+        return prepared(params, grads, state, ema, low)(lr, scale, decay)
+
+    @torch.no_grad()
     def plainly_(params, grads, state, lr, scale, ema, decay, low) -> Any:
         state = plain.update_(params, tree.map(lambda g: g * scale, grads), state, lr)
         if ema is not None:
@@ -176,4 +201,4 @@ def fused(plain: Any, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-
             torch._foreach_copy_(tree.leaves(low), tree.leaves(params))
         return state
 
-    return plain._replace(update_=update_)
+    return OnePass(plain.init, update_, prepared)

@@ -137,8 +137,9 @@ def condition(params: dict, t_B: Tensor, y: Any, cfg: Config) -> tuple[Tensor, t
 
 
 def for_blocks(params: dict, c_BD: Tensor) -> Tensor:
-    """What blocks get of c: itself, or (B, 6 D) regressed once for all of them (adaLN-single, PixArt-alpha)."""
-    return nn.adaln(c_BD, params["adaln"], 1)[0] if "adaln" in params else c_BD
+    """What blocks get of c: silu(c), or (B, 6 D) regressed once for all of them (adaLN-single, PixArt-alpha)."""
+    c_BD = torch.nn.functional.silu(c_BD)
+    return linear(c_BD, params["adaln"]) if "adaln" in params else c_BD
 
 
 def final(p: dict, x_BLD: Tensor, c_BD: Tensor, ops: Ops) -> Tensor:
@@ -169,7 +170,7 @@ def run_block(
 
     Args:
         attend: what the tokens do with q, k and v (B L H K).
-        c: (B, D), or (B, 6 D) under adaLN-single.
+        c: silu(c) (B, D), or (B, 6 D) under adaLN-single.
     """
     shift1, scale1, gate1, shift2, scale2, gate2 = modulations(p, c)
     h = ops.modulate(x, shift1, scale1)
@@ -184,10 +185,10 @@ def run_block(
 
 
 def modulations(p: dict, c: Tensor) -> tuple[Tensor, ...]:
-    """A block's shifts, scales and gates (B, D): regressed from c (B, D), or its table added to c (B, 6 D)."""
+    """A block's shifts, scales and gates (B, D): regressed from silu(c) (B, D), or its table added to c (B, 6 D)."""
     if "table" in p:
         return (p["table"] + c.unflatten(-1, p["table"].shape)).unbind(1)
-    return nn.adaln(c, p["adaln"], 6)
+    return linear(c, p["adaln"]).chunk(6, -1)
 
 
 def positions(cfg: Config, size: Size, device, dtype) -> tuple[Tensor | None, tuple[Tensor, ...]]:
