@@ -35,7 +35,7 @@ class Train:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Dtype of matrix products."""
     steps: int = 10
-    """Measured steps; the row has their median."""
+    """Measured steps, one after the other as in a run; the row has their mean."""
     warmup: int = 3
     """Steps before them; the first is told as start_s, compilation included."""
     profile: int = 0
@@ -85,18 +85,18 @@ def measure(cfg: Train, run: config.Run) -> tuple[dict[str, Any], list]:
     torch._dynamo.reset()
     counters.clear()
     composed = plan.make(run, data.open_dataset(run.data, None))
-    clear_peaks(composed.device)
     dataset, key = data.open_dataset(run.data, composed.front.tokenize), random.key(0)
     (batch,) = loader.batches(dataset, key, global_batch=cfg.batch, stop=1)
     state, step = train.init_state(composed, key), train.make_step(composed)
-    times = []
-    for number in range(cfg.warmup + cfg.steps):
-        if number == cfg.warmup and composed.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        began = now(composed.device)
+    began = now(composed.device)
+    for number in range(cfg.warmup):
         state, metrics = step(state, batch, key)
-        times.append(now(composed.device) - began)
-    ms = 1e3 * sorted(times[cfg.warmup :])[cfg.steps // 2]
+        start = start if number else now(composed.device) - began
+    clear_peaks(composed.device)
+    began = now(composed.device)
+    for _ in range(cfg.steps):
+        state, metrics = step(state, batch, key)
+    ms = 1e3 * (now(composed.device) - began) / cfg.steps
     flops = 6 * models.of(run.model).macs(run.model, composed.shape) * cfg.batch
     row = {
         "device": device_name(composed.device),
@@ -105,7 +105,7 @@ def measure(cfg: Train, run: config.Run) -> tuple[dict[str, Any], list]:
         "samples_per_s": round(1e3 * cfg.batch / ms, 1),
         "tflops": round(flops / ms / 1e9, 1),
         "peak_gib": round(peak(composed.device) / 2**30, 2),
-        "start_s": round(times[0], 1),
+        "start_s": round(start, 1),
         "compilations": counters["stats"]["unique_graphs"],
         "loss": metrics["loss"],
     }
@@ -113,7 +113,8 @@ def measure(cfg: Train, run: config.Run) -> tuple[dict[str, Any], list]:
 
 
 def slowest(run: Callable[[], Any], most: int) -> list[tuple[str, float, int]]:
-    """(kernel, ms, launches) of what took longest on the GPU in one call, and the sum and span of all of them."""
+    """(kernel, ms, launches) of what took longest on the GPU in one call; before them the sum over all kernels, the
+    call's own time, and the longest waits of the GPU with the kernels before and after."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
@@ -125,4 +126,18 @@ def slowest(run: Callable[[], Any], most: int) -> list[tuple[str, float, int]]:
     on_gpu.sort(key=lambda e: -e.self_device_time_total)
     rows = [(e.key[:90], round(e.self_device_time_total / 1e3, 3), e.count) for e in on_gpu[:most]]
     total = sum(e.self_device_time_total for e in on_gpu) / 1e3
-    return [("all kernels", round(total, 3), sum(e.count for e in on_gpu)), ("wall", round(1e3 * span, 3), 1), *rows]
+    told = [("all kernels", round(total, 3), sum(e.count for e in on_gpu)), ("wall", round(1e3 * span, 3), 1)]
+    return [*told, *waits(found.events()), *rows]
+
+
+def waits(events: list, most: int = 8) -> list[tuple[str, float, int]]:
+    """(kernel before > kernel after, ms, 1) of the longest times in which the GPU did nothing, and their sum."""
+    events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda e: e.time_range.start)
+    found, last = [], events[0]
+    for e in events[1:]:
+        if (gap := e.time_range.start - last.time_range.end) > 0:
+            found.append((f"wait: {last.name[:40]} > {e.name[:40]}", round(gap / 1e3, 3), 1))
+        last = max(last, e, key=lambda e: e.time_range.end)
+    found.sort(key=lambda row: -row[1])
+    return [("all waits", round(sum(row[1] for row in found), 3), len(found)), *found[:most]]
