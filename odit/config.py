@@ -122,6 +122,8 @@ class Run:
     """Plain PyTorch, or fused kernels."""
     compile: bool = False
     """Compiles the blocks."""
+    graphs: bool = True
+    """Runs forward and backward of a micro-batch as one CUDA graph where that is possible; numbers stay the same."""
     device: str = "auto"
     """'auto' takes a GPU where there is one."""
     threads: int | None = None
@@ -310,7 +312,17 @@ def presets() -> dict[str, tuple[str, Run]]:
 FREE = {
     *("out", "stop_at", "micro_batch", "resume", "init_from", "replay", "log_every", "checkpoint_every"),
     *("checkpoint_async", "keep"),
-    *("sample_every", "validate_every", "validation_draws", "grad_norms", "evaluate", "progress", "kernels", "compile"),
+    *(
+        "sample_every",
+        "validate_every",
+        "validation_draws",
+        "grad_norms",
+        "evaluate",
+        "progress",
+        "kernels",
+        "compile",
+        "graphs",
+    ),
     *("device", "threads", "sampling", "data.workers", "data.path", "finetune.strict"),
     *("encoders.text_path", "encoders.vae", "encoders.vae_path", "encoders.place"),  # their fingerprints are compared
     *(f"parallel.{setting.name}" for setting in dataclasses.fields(Parallel) if setting.name != "ring_fp8"),

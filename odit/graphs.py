@@ -14,10 +14,11 @@ WARM_UP = 2  # calls before a capture: libraries choose kernels and take workspa
 MOST = 4  # graphs that one function keeps; each holds the memory of a call
 
 
-def captured(fn: Callable[..., Any], record: Callable | None = None) -> Callable[..., Any]:
+def captured(fn: Callable[..., Any], record: Callable | None = None, copies: bool = True) -> Callable[..., Any]:
     """``fn(*trees of tensors) -> tree of tensors`` by a graph a set of shapes, captured when first met; no gradients.
 
-    What ``fn`` closes over (weights) must stay where it is. Results are copies, the caller's own.
+    What ``fn`` closes over (weights) must stay where it is. Results are copies, the caller's own; without ``copies``
+    they are good until the next call.
 
     Args:
         record: ``record(run) -> (replay, result)``, which captures ``run()``; CUDA's unless given.
@@ -35,7 +36,7 @@ def captured(fn: Callable[..., Any], record: Callable | None = None) -> Callable
         own, (replay, result) = graphs[shapes]
         torch._foreach_copy_(own, leaves)
         replay()
-        return tree.map(torch.clone, result)
+        return tree.map(torch.clone, result) if copies else result
 
     return call
 
@@ -49,6 +50,12 @@ def _record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+    try:
+        with torch.cuda.graph(graph):
+            result = run()
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise RuntimeError(
+            f"no CUDA graph can be made of this ({why}): use --no-graphs, --sampling.no-graphs"
+        ) from error
     return graph.replay, result

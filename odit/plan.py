@@ -97,8 +97,23 @@ class Plan:
         needs."""
         return self.dtype if self.one_pass and self.mesh.world == 1 and self.num_micro == 1 else None
 
+    @property
+    def graph_obstacle(self) -> str | None:
+        """Why forward and backward of a micro-batch cannot be one CUDA graph; None where they can."""
+        if not self.run.graphs:
+            return "--no-graphs"
+        if self.device.type != "cuda":
+            return f"the device is {self.device.type}"
+        if self.mesh.world > 1:
+            return f"{self.mesh.world} ranks talk to each other in it"
+        if self.home != self.device:
+            return "weights are in host memory"
+        if self.dtype == torch.float16:
+            return "the loss scale of fp16 changes"
+        return "a frozen text encoder runs in it" if self.front.text is not None else None
+
     @functools.cached_property
-    def graphs(self) -> dict[Any, Callable]:
+    def graphs(self) -> dict[Any, Any]:
         """Captured functions, by what they depend on (graphs.py)."""
         return {}
 
@@ -341,6 +356,10 @@ def describe(plan: Plan) -> str:
     patch = f"{cfg.frame_patch}x{cfg.patch}x{cfg.patch}" if len(shape.size) == 3 else cfg.patch
     condition = f"{shape.num_classes} classes" if shape.num_classes else "unconditional"
     condition = f"captions of {shape.text_length} tokens" if shape.text_length else condition
+    choices = list(plan.notes)
+    if plan.device.type == "cuda":
+        why = plan.graph_obstacle
+        choices.append(f"graphs: none ({why})" if why else "graphs: forward and backward of a micro-batch are one")
     lines = [
         f"model: {'Latte' if cfg.arch == 'latte' else 'DiT'} width {cfg.width}, depth {cfg.depth}, heads {cfg.heads}, "
         f"patch {patch}: {total / 1e6:.2f} M parameters ({trainable / 1e6:.2f} M trained), "
@@ -352,4 +371,4 @@ def describe(plan: Plan) -> str:
     ]
     if plan.layout.stage and (whole := unsplit(plan.declared, plan.layout.specs)):
         lines += [f"zero: {line}" for line in whole if not re.match(rf"{zero.BLOCKS}\.[1-9]", line)]  # blocks are alike
-    return "\n".join([*lines, *plan.notes])
+    return "\n".join([*lines, *choices])

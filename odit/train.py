@@ -306,7 +306,8 @@ def gradients(
     """
     layout = plan.layout
     params = params if host is None else host.sources(params)
-    held = layout.hold(params)
+    graphed = graphed_gradients(plan, params) if plan.graph_obstacle is None else None
+    held = layout.hold(params) if graphed is None else None
     total, all_losses, zero_ = None, [], torch.zeros((), dtype=torch.int64, device=plan.device)
     word, seen = zero_, zero_
     parts = micro_batches(batch, plan.micro_batch)
@@ -317,7 +318,10 @@ def gradients(
         draws = drawn(plan, ids, tuple(x.shape[1:]), key)
         word = word + _hash((ids, *draws, *tree.leaves(conditions(plan, y, draws.dropped_B))))
         sink = None if host is None else host.sink(first=number == 0, last=number == len(parts) - 1)
-        loss_B, grads = part_gradients(plan, params, held, x, y, draws, scale, sink)
+        if graphed is not None:
+            loss_B, grads = graphed(x, y, draws)
+        else:
+            loss_B, grads = part_gradients(plan, params, held, x, y, draws, scale, sink)
         all_losses.append(loss_B)
         total = add(total, grads, params, plan.sums_dtype)
         del grads  # or they would stand beside the sum until the next ones come
@@ -326,6 +330,30 @@ def gradients(
     if scale != 1 and here:
         torch._foreach_mul_(here, 1 / scale)
     return torch.cat(all_losses), total, Words(word, seen)
+
+
+def graphed_gradients(plan: Plan, params: tree.Tree) -> Callable[[Tensor, tree.Tree, Draws], tuple[Tensor, tree.Tree]]:
+    """``part_gradients`` of these weights, cast anew in each call, as one graph: hundreds of kernels are launched at
+    once. With one micro-batch a step gradients are good until the next call, else copies."""
+    place = ("gradients", *(p.data_ptr() for p in tree.leaves(params)))
+    if place not in plan.graphs:
+        there: list[bool] = []  # which leaves have a gradient
+
+        def run(x: Tensor, y: tree.Tree, t_B: Tensor, noise: Tensor, dropped_B: Tensor) -> list[Tensor]:
+            draws = Draws(t_B, noise, dropped_B)
+            loss_B, grads = part_gradients(plan, params, plan.layout.hold(params), x, y, draws)
+            there[:] = [g is not None for g in tree.leaves(grads)]
+            return [loss_B, *(g for g in tree.leaves(grads) if g is not None)]
+
+        plan.graphs[place] = graphs.captured(run, copies=plan.num_micro > 1), there
+    captured, there = plan.graphs[place]
+
+    def call(x: Tensor, y: tree.Tree, draws: Draws) -> tuple[Tensor, tree.Tree]:
+        loss_B, *found = captured(x, y, *draws)
+        grads = iter(found)
+        return loss_B.clone(), tree.unflatten(params, [next(grads) if some else None for some in there])
+
+    return call
 
 
 def part_gradients(

@@ -17,6 +17,7 @@ from odit.bench.common import clear_peaks, device_name, now, peak, preset
 from odit.data import loader
 
 KERNELS = ("reference", "auto", "fused")
+MORE = ("compile", "nographs")
 REMATS = ("block", "selective")
 
 
@@ -30,14 +31,14 @@ class Train:
     """Samples a step."""
     micro_batch: int | None = None
     """Samples a forward pass."""
-    ways: tuple[str, ...] = ("auto", "auto+compile", "fused", "fused+compile")
-    """Kernels (reference, auto, fused), with +compile, and with +block or +selective for what is recomputed."""
+    ways: tuple[str, ...] = ("reference+nographs", "reference+compile", "fused", "fused+compile")
+    """Kernels (reference, auto, fused), with +compile, +nographs, and +block or +selective for what is recomputed."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Dtype of matrix products."""
     steps: int = 10
     """Measured steps, one after the other as in a run; the row has their mean."""
     warmup: int = 3
-    """Steps before them; the first is told as start_s, compilation included."""
+    """Steps before them, after a first one, which is told as start_s, compilation and capture included."""
     profile: int = 0
     """Adds a row of the kernels that took longest in one more step, so many of them."""
     device: str = "auto"
@@ -61,9 +62,9 @@ def train_rows(cfg: Train) -> None:
 def run_of(cfg: Train, way: str) -> config.Run:
     """The run of a way such as fused+compile+selective; raises ValueError for a word that is none."""
     kernels, *more = way.split("+")
-    known = {*REMATS, "compile"}
+    known = {*REMATS, *MORE}
     if kernels not in KERNELS or not known.issuperset(more):
-        raise ValueError(f"ways has {way!r}: use {', '.join(KERNELS)}, with +compile, +block or +selective")
+        raise ValueError(f"ways has {way!r}: use {', '.join(KERNELS)}, with +compile, +nographs, +block or +selective")
     remat = next((word for word in more if word in REMATS), "none")
     run = preset(cfg.preset)
     return dataclasses.replace(
@@ -73,8 +74,9 @@ def run_of(cfg: Train, way: str) -> config.Run:
         precision=cfg.precision,
         kernels=kernels,
         compile="compile" in more,
+        graphs="nographs" not in more,
         device=cfg.device,
-        steps=cfg.warmup + cfg.steps,
+        steps=1 + cfg.warmup + cfg.steps,
         evaluate=False,
         parallel=config.Parallel(remat=remat),
     )
@@ -88,11 +90,12 @@ def measure(cfg: Train, run: config.Run) -> tuple[dict[str, Any], list]:
     dataset, key = data.open_dataset(run.data, composed.front.tokenize), random.key(0)
     (batch,) = loader.batches(dataset, key, global_batch=cfg.batch, stop=1)
     state, step = train.init_state(composed, key), train.make_step(composed)
-    began = now(composed.device)
-    for number in range(cfg.warmup):
-        state, metrics = step(state, batch, key)
-        start = start if number else now(composed.device) - began
     clear_peaks(composed.device)
+    began = now(composed.device)
+    state, metrics = step(state, batch, key)
+    start = now(composed.device) - began
+    for _ in range(cfg.warmup):
+        state, metrics = step(state, batch, key)
     began = now(composed.device)
     for _ in range(cfg.steps):
         state, metrics = step(state, batch, key)
@@ -105,11 +108,17 @@ def measure(cfg: Train, run: config.Run) -> tuple[dict[str, Any], list]:
         "samples_per_s": round(1e3 * cfg.batch / ms, 1),
         "tflops": round(flops / ms / 1e9, 1),
         "peak_gib": round(peak(composed.device) / 2**30, 2),
+        **reserved(composed.device),
         "start_s": round(start, 1),
         "compilations": counters["stats"]["unique_graphs"],
         "loss": metrics["loss"],
     }
     return row, slowest(lambda: step(state, batch, key), cfg.profile) if cfg.profile else []
+
+
+def reserved(device: torch.device) -> dict[str, float]:
+    """What PyTorch has taken of the GPU, graphs' own memory and what it keeps for later included."""
+    return {"reserved_gib": round(torch.cuda.memory_reserved() / 2**30, 2)} if device.type == "cuda" else {}
 
 
 def slowest(run: Callable[[], Any], most: int) -> list[tuple[str, float, int]]:

@@ -22,8 +22,8 @@ from odit.kernels.rows import totals
 
 TWICE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 CUBIC = tl.constexpr(0.044715)
-ROWS, COLUMNS, WARPS = 16, 256, 4  # of a tile
-FORWARD_STEPS, BACKWARD_STEPS = 1, 8  # tiles of a program, one below the other
+ROWS, COLUMNS, WARPS = 8, 512, 4  # of a tile
+FORWARD_STEPS, BACKWARD_STEPS = 2, 8  # tiles of a program, one below the other
 WIDEST = 2**20
 
 

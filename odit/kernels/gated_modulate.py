@@ -42,7 +42,7 @@ from odit.kernels.rows import (
 )
 
 FORWARD = Tuning(warps_a_row=1, programs=16 * SMS, stages=1, resident=False)
-BACKWARD = Tuning(warps_a_row=2, programs=2 * SMS, stages=2, resident=True)
+BACKWARD = Tuning(warps_a_row=2, programs=2 * SMS, stages=3, resident=True)
 
 
 @triton.jit

@@ -181,7 +181,7 @@ def standardise(x, here_R, eps, D: tl.constexpr, W: tl.constexpr):
             part = tl.where((column_W < D)[None, :], part, 0.0)
         centred = centred + (part,)
     variance_R = tl.where(here_R, mean(times(centred, centred, D, W), D, W), 1.0)
-    rstd_R = 1.0 / tl.sqrt(variance_R + eps)
+    rstd_R = tl.div_rn(1.0, tl.sqrt_rn(variance_R + eps))
     n = ()
     for i in tl.static_range((D + W - 1) // W):
         n = n + (centred[i] * rstd_R[:, None],)
