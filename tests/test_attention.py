@@ -94,7 +94,7 @@ def test_the_operator_of_flash_attn_4_traces_without_it():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["sdpa", "flash2", "cudnn", "flash4"])
+@pytest.mark.parametrize("name", ["sdpa", "flash2", "cudnn", "flash4", "triton"])
 @pytest.mark.parametrize("B, L, K", [(5, 17, 72), (2, 256, 72), (1, 1021, 64), (2, 256, 80)])
 def test_backends_against_fp64(name, B, L, K):
     """Error no more than 1.5 times that of the reference in the same dtype, output and gradients."""

@@ -144,6 +144,26 @@ def _flash4_obstacle(device: torch.device, dtype: torch.dtype, K: int) -> str | 
     return None
 
 
+# --- odit's own ---
+
+
+def triton(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
+    """The kernel for short samples."""
+    from odit.kernels.short_attention import attend
+
+    return attend(q_BLHK, k_BLHK, v_BLHK, scale)
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype, K: int) -> str | None:
+    if found := _needs_gpu((8, 0), device, dtype, K):
+        return found
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    from odit.kernels.short_attention import WIDEST
+
+    return f"head size {K} is beyond {WIDEST}" if K > WIDEST else None
+
+
 # --- the choice ---
 
 
@@ -159,6 +179,7 @@ BACKENDS = {
         Backend("flash2", flash2, functools.partial(_needs_gpu, (8, 0)), "FlashAttention 2 (PyTorch's)"),
         Backend("cudnn", cudnn, functools.partial(_needs_gpu, (9, 0)), "cuDNN's attention"),
         Backend("flash4", flash4, _flash4_obstacle, "flash-attn 4"),
+        Backend("triton", triton, _triton_obstacle, "odit's kernel for short samples"),
     )
 }
 

@@ -31,13 +31,15 @@ def _interpreting(fn: Callable) -> Iterator[None]:
 
     TRITON_INTERPRET would do so, but only where it was set before Triton's first import, and for the whole process.
     """
+    builder = type(interpreter.interpreter_builder)
     scopes = [interpreter._patch_lang(each) for each in (fn, tl.sum.fn)]
-    compiled = JITFunction.__call__
+    compiled, dot = JITFunction.__call__, builder.create_dot
     JITFunction.__call__ = lambda self, *args, **kwargs: _rewritten(self.fn)(*args, **kwargs)
+    builder.create_dot = lambda self, a, b, *rest: dot(self, _multipliable(a), _multipliable(b), *rest)
     try:
         yield
     finally:
-        JITFunction.__call__ = compiled
+        JITFunction.__call__, builder.create_dot = compiled, dot
         for scope in reversed(scopes):
             scope.restore()
 
@@ -45,3 +47,8 @@ def _interpreting(fn: Callable) -> Iterator[None]:
 @functools.cache
 def _rewritten(fn: Callable) -> Callable:
     return interpreter.InterpretedFunction(fn).rewrite()
+
+
+def _multipliable(x: Any) -> Any:
+    """bf16 as fp32: the interpreter keeps its bits as integers, and tl.dot would multiply these (Triton 3.6)."""
+    return interpreter.interpreter_builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x

@@ -1,0 +1,449 @@
+"""Attention of samples with few tokens: all of a head stays near one multiprocessor, whatever the size of the head.
+
+With S = scale q k^T, rows over queries, P = exp(S - lse) and lse = log sum exp S:
+
+    o = P v
+    dv = P^T do
+    dP = do v^T, delta = sum of do o - dlse, dS = P (dP - delta)      sum over K (Dao 2023, section 3.1)
+    dq = scale dS k, dk = scale dS^T q
+
+Tensor cores want powers of two, and a head of 72 as 128 would be 78 % more work. So a head's columns are cut into parts
+of powers of two, 72 into 64 and 16, of which the last is filled up with zeros: a product over columns is the sum of its
+parts' products, one into columns is a product a part.
+
+Forward reads q, k, v and writes o, 8 bytes an element in half precision, and lse. Backward reads q, k, v, o and do
+and writes dq, dk, dv, 16 bytes: first all dq, a block of queries at a time, then all dk and dv, a block of keys at a
+time. S and dP are computed for each of the two, which costs two more products than accumulating dq across blocks of
+keys, but needs neither atomics (the bits are the same every time) nor room in memory.
+
+q, k and v may be slices of one tensor (B, L, 3, H, K); their gradients always are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from odit import ops
+from odit.kernels.function import by_rows, empty, entry, served
+from odit.kernels.launch import launch
+
+WIDEST = 128  # columns of a head
+LONGEST = 1024  # tokens: beyond, kernels that keep more than one block of keys on their way are faster
+LEAST = 16  # columns of a tensor core's product
+
+
+class Tuning(NamedTuple):
+    """How a pass is cut."""
+
+    queries: int
+    """Queries of a block; the rows of a product over queries: 64 for each 4 warps."""
+    keys: int
+    """Keys of a block; in ``KEYS`` the rows of a product."""
+    steps: int
+    """Blocks of rows that a program works on, one after the other; 0 means all of a head."""
+    stages: int
+    """Blocks of the inner loop whose loads are under way at once."""
+    warps: int
+    registers: int | None = None
+    """At most so many a thread; None leaves it to the compiler."""
+
+
+FORWARD = Tuning(queries=64, keys=128, steps=0, stages=2, warps=4)
+QUERIES = Tuning(queries=64, keys=64, steps=0, stages=2, warps=4)
+KEYS = Tuning(queries=64, keys=64, steps=0, stages=2, warps=4)
+TOGETHER = True  # whether a program of backward does both passes, with the warps and registers of ``KEYS``
+
+
+def parts(K: int) -> tuple[int, ...]:
+    """The widths of a head's parts: the powers of two of K, made a multiple of ``LEAST``."""
+    rest = triton.cdiv(K, LEAST) * LEAST
+    return tuple(1 << bit for bit in range(rest.bit_length() - 1, -1, -1) if rest >> bit & 1)
+
+
+@triton.jit
+def load(ptr, stride, row_R, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr):
+    """Rows of one head as parts; beyond L and K they are 0."""
+    found = ()
+    at = 0
+    for i in tl.static_range(len(WIDTHS)):
+        column_W = at + tl.arange(0, WIDTHS[i])
+        mask = (row_R < L)[:, None] & (column_W < K)[None, :]
+        found = found + (tl.load(ptr + row_R[:, None] * stride + column_W[None, :], mask=mask, other=0.0),)
+        at += WIDTHS[i]
+    return found
+
+
+@triton.jit
+def store(ptr, stride, row_R, values, factor, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr):
+    """Stores the parts times ``factor`` as rows of one head."""
+    at = 0
+    for i in tl.static_range(len(WIDTHS)):
+        column_W = at + tl.arange(0, WIDTHS[i])
+        mask = (row_R < L)[:, None] & (column_W < K)[None, :]
+        value = (values[i] * factor).to(ptr.dtype.element_ty)
+        tl.store(ptr + row_R[:, None] * stride + column_W[None, :], value, mask=mask)
+        at += WIDTHS[i]
+
+
+@triton.jit
+def zeros(R: tl.constexpr, WIDTHS: tl.constexpr):
+    """Parts to be summed into, in fp32."""
+    found = ()
+    for i in tl.static_range(len(WIDTHS)):
+        found = found + (tl.full((R, WIDTHS[i]), 0.0, tl.float32),)
+    return found
+
+
+@triton.jit
+def over_columns(a, b, WIDTHS: tl.constexpr):
+    """a b^T, in fp32."""
+    total = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    for i in tl.static_range(1, len(WIDTHS)):
+        total = tl.dot(a[i], tl.trans(b[i]), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def add_product(total, a, b, WIDTHS: tl.constexpr):
+    """total + a b, for each part of b; a is rounded to b's dtype."""
+    found = ()
+    for i in tl.static_range(len(WIDTHS)):
+        found = found + (tl.dot(a.to(b[i].dtype), b[i], total[i], input_precision="ieee"),)
+    return found
+
+
+@triton.jit
+def times_rows(a, factor_R, WIDTHS: tl.constexpr):
+    """Each row of the parts times its factor."""
+    found = ()
+    for i in tl.static_range(len(WIDTHS)):
+        found = found + (a[i] * factor_R[:, None],)
+    return found
+
+
+@triton.jit
+def row_products(a, b, WIDTHS: tl.constexpr):
+    """Sum over columns of a b, (R,) in fp32."""
+    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    for i in tl.static_range(1, len(WIDTHS)):
+        total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
+    return total
+
+
+@triton.jit
+def place(H, SPANS: tl.constexpr):
+    """(sample, head, span) of this program; the sample in 64 bits, as it leads to offsets."""
+    head = tl.program_id(0) // SPANS
+    return (head // H).to(tl.int64), head % H, tl.program_id(0) % SPANS
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, H, q_b, q_l, k_b, k_l, v_b, v_l, o_b, o_l, scale,
+    q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, SPANS: tl.constexpr,
+):  # fmt: skip
+    b, h, span = place(H, SPANS)
+    q_ptr += b * q_b + h * q_h
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    o_ptr += b * o_b + h * K
+    lse_ptr += (b * H + h) * L
+    exponent = scale * 1.4426950408889634  # of 2: log2(e)
+    if N >= L:  # all keys at once: they stay for every block of queries
+        k, v = load(k_ptr, k_l, tl.arange(0, N), L, K, WIDTHS), load(v_ptr, v_l, tl.arange(0, N), L, K, WIDTHS)
+    for step in range(STEPS):
+        row_M = (span * STEPS + step) * M + tl.arange(0, M)
+        q = load(q_ptr, q_l, row_M, L, K, WIDTHS)
+        if N >= L:
+            s_MN = over_columns(q, k, WIDTHS)
+            if N > L:
+                s_MN = tl.where((tl.arange(0, N) < L)[None, :], s_MN, float("-inf"))
+            high_M = tl.max(s_MN, 1) * exponent
+            p_MN = tl.exp2(s_MN * exponent - high_M[:, None])
+            total_M = tl.sum(p_MN, 1)
+            o = add_product(zeros(M, WIDTHS), p_MN, v, WIDTHS)
+        else:
+            high_M, total_M = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
+            o = zeros(M, WIDTHS)
+            for first in tl.range(0, L, N, num_stages=STAGES):
+                row_N = first + tl.arange(0, N)
+                s_MN = over_columns(q, load(k_ptr, k_l, row_N, L, K, WIDTHS), WIDTHS)
+                if L % N:
+                    s_MN = tl.where((row_N < L)[None, :], s_MN, float("-inf"))
+                higher_M = tl.maximum(high_M, tl.max(s_MN, 1) * exponent)
+                fade_M = tl.exp2(high_M - higher_M)
+                p_MN = tl.exp2(s_MN * exponent - higher_M[:, None])
+                total_M = total_M * fade_M + tl.sum(p_MN, 1)
+                v = load(v_ptr, v_l, row_N, L, K, WIDTHS)
+                o = add_product(times_rows(o, fade_M, WIDTHS), p_MN, v, WIDTHS)
+                high_M = higher_M
+        store(o_ptr, o_l, row_M, times_rows(o, 1.0 / total_M, WIDTHS), 1.0, L, K, WIDTHS)
+        tl.store(lse_ptr + row_M, (high_M + tl.log2(total_M)) * 0.6931471805599453, mask=row_M < L)
+
+
+@triton.jit
+def queries_pass(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, dq_ptr, delta_ptr, q_l, k_l, v_l, o_l, do_l, d_l, scale,
+    span, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """delta and dq of blocks of queries."""
+    exponent = scale * 1.4426950408889634
+    for step in range(STEPS):
+        row_M = (span * STEPS + step) * M + tl.arange(0, M)
+        do = load(do_ptr, do_l, row_M, L, K, WIDTHS)
+        delta_M = row_products(do, load(o_ptr, o_l, row_M, L, K, WIDTHS), WIDTHS)
+        delta_M -= tl.load(dlse_ptr + row_M, mask=row_M < L, other=0.0)
+        tl.store(delta_ptr + row_M, delta_M, mask=row_M < L)
+        lse_M = tl.load(lse_ptr + row_M, mask=row_M < L, other=0.0) * 1.4426950408889634
+        q = load(q_ptr, q_l, row_M, L, K, WIDTHS)
+        dq = zeros(M, WIDTHS)
+        for first in tl.range(0, L, N, num_stages=STAGES):
+            row_N = first + tl.arange(0, N)
+            k, v = load(k_ptr, k_l, row_N, L, K, WIDTHS), load(v_ptr, v_l, row_N, L, K, WIDTHS)
+            s_MN, dp_MN = over_columns(q, k, WIDTHS), over_columns(do, v, WIDTHS)
+            if L % N:
+                s_MN = tl.where((row_N < L)[None, :], s_MN, float("-inf"))
+            p_MN = tl.exp2(s_MN * exponent - lse_M[:, None])
+            dq = add_product(dq, p_MN * (dp_MN - delta_M[:, None]), k, WIDTHS)
+        store(dq_ptr, d_l, row_M, dq, scale, L, K, WIDTHS)
+
+
+@triton.jit
+def keys_pass(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, q_l, k_l, v_l, do_l, d_l, scale, span,
+    L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of blocks of keys; products are transposed, so that P^T and dS^T go from registers into the next."""
+    exponent = scale * 1.4426950408889634
+    for step in range(STEPS):
+        row_N = (span * STEPS + step) * N + tl.arange(0, N)
+        k, v = load(k_ptr, k_l, row_N, L, K, WIDTHS), load(v_ptr, v_l, row_N, L, K, WIDTHS)
+        dk, dv = zeros(N, WIDTHS), zeros(N, WIDTHS)
+        for first in tl.range(0, L, M, num_stages=STAGES):
+            row_M = first + tl.arange(0, M)
+            q, do = load(q_ptr, q_l, row_M, L, K, WIDTHS), load(do_ptr, do_l, row_M, L, K, WIDTHS)
+            lse_M = tl.load(lse_ptr + row_M, mask=row_M < L, other=0.0) * 1.4426950408889634
+            delta_M = tl.load(delta_ptr + row_M, mask=row_M < L, other=0.0)
+            s_NM, dp_NM = over_columns(k, q, WIDTHS), over_columns(v, do, WIDTHS)
+            if L % N:  # their rows are not stored, but must not overflow
+                s_NM = tl.where((row_N < L)[:, None], s_NM, float("-inf"))
+            p_NM = tl.exp2(s_NM * exponent - lse_M[None, :])
+            dv = add_product(dv, p_NM, do, WIDTHS)
+            dk = add_product(dk, p_NM * (dp_NM - delta_M[None, :]), q, WIDTHS)
+        store(dv_ptr, d_l, row_N, dv, 1.0, L, K, WIDTHS)
+        store(dk_ptr, d_l, row_N, dk, scale, L, K, WIDTHS)
+
+
+@triton.jit
+def backward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, d_ptr, delta_ptr, H, q_b, q_l, k_b, k_l, v_b, v_l, o_b, o_l,
+    do_b, do_l, d_b, d_l, scale,
+    q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr, do_h: tl.constexpr, L: tl.constexpr,
+    K: tl.constexpr, WIDTHS: tl.constexpr, SPANS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """``QUERIES`` and ``KEYS`` are (M, N, steps, stages) of the passes to be done; steps of 0 leave one out."""
+    b, h, span = place(H, SPANS)
+    q_ptr += b * q_b + h * q_h
+    k_ptr += b * k_b + h * k_h
+    v_ptr += b * v_b + h * v_h
+    o_ptr += b * o_b + h * K
+    do_ptr += b * do_b + h * do_h
+    d_ptr += b * d_b + h * K
+    lse_ptr += (b * H + h) * L
+    dlse_ptr += (b * H + h) * L
+    delta_ptr += (b * H + h) * L
+    if QUERIES[2]:
+        queries_pass(
+            q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, d_ptr, delta_ptr, q_l, k_l, v_l, o_l, do_l, d_l,
+            scale, span, L, K, WIDTHS, QUERIES[0], QUERIES[1], QUERIES[2], QUERIES[3],
+        )  # fmt: skip
+    if QUERIES[2] and KEYS[2]:
+        tl.debug_barrier()  # delta is there for all threads
+    if KEYS[2]:
+        keys_pass(
+            q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, d_ptr + H * K, d_ptr + 2 * H * K, q_l, k_l, v_l, do_l,
+            d_l, scale, span, L, K, WIDTHS, KEYS[0], KEYS[1], KEYS[2], KEYS[3],
+        )  # fmt: skip
+
+
+def cut(tuning: Tuning, L: int, rows: int) -> tuple[Tuning, int]:
+    """The tuning for L tokens, where the rows of a program are its field ``rows``, and programs a head."""
+    most = max(LEAST, triton.next_power_of_2(L))
+    fitting = tuning._replace(queries=min(tuning.queries, most), keys=min(tuning.keys, most))
+    blocks = triton.cdiv(L, fitting[rows])
+    steps = min(tuning.steps or blocks, blocks)
+    return fitting._replace(steps=steps), triton.cdiv(blocks, max(1, steps))
+
+
+def options(tuning: Tuning) -> dict[str, int]:
+    """How the compiler spreads a program."""
+    limit = {} if tuning.registers is None else {"maxnreg": tuning.registers}
+    return {"num_warps": tuning.warps, **limit}
+
+
+def passes(L: int) -> list[tuple[int, tuple[int, ...], tuple[int, ...], dict[str, int]]]:
+    """The launches of backward: programs a head, the cuts of both passes as the kernel takes them, and options."""
+    if TOGETHER:
+        (queries, _), (keys, _) = (cut(t._replace(steps=0), L, row) for t, row in ((QUERIES, 0), (KEYS, 1)))
+        return [(min(1, L), queries[:4], keys[:4], options(KEYS))]
+    (queries, spans), (keys, more) = cut(QUERIES, L, rows=0), cut(KEYS, L, rows=1)
+    left_out = (LEAST, LEAST, 0, 1)
+    return [(spans, queries[:4], left_out, options(QUERIES)), (more, left_out, keys[:4], options(KEYS))]
+
+
+def outputs(q_BLHK: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for o and lse."""
+    B, L, H, _ = q_BLHK.shape
+    return empty(q_BLHK), q_BLHK.new_empty((B, H, L), dtype=torch.float32)
+
+
+def inputs_gradients(q_BLHK: Tensor, lse_BHL: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for what backward returns."""
+    B, L, H, K = q_BLHK.shape
+    return q_BLHK.new_empty((B, L, 3, H, K)), torch.empty_like(lse_BHL)
+
+
+def forward(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """o, contiguous, and lse (B, H, L) in fp32."""
+    q, k, v = map(by_rows, (q_BLHK, k_BLHK, v_BLHK))
+    (o, lse), (B, L, H, K) = outputs(q), q.shape
+    tuning, spans = cut(FORWARD, L, rows=0)
+    strides = [stride for x in (q, k, v, o) for stride in x.stride()[:2]]
+    launch(
+        forward_kernel, B * H * spans, q.device, q, k, v, o, lse, H, *strides, scale, q_h=q.stride(2),
+        k_h=k.stride(2), v_h=v.stride(2), L=L, K=K, WIDTHS=parts(K), M=tuning.queries, N=tuning.keys,
+        STEPS=tuning.steps, STAGES=tuning.stages, SPANS=spans, **options(tuning),
+    )  # fmt: skip
+    return o, lse
+
+
+def backward(
+    do_BLHK: Tensor, dlse_BHL: Tensor, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, o_BLHK: Tensor, lse_BHL: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dq, dk and dv as one (B, L, 3, H, K), contiguous, and delta (B, H, L) in fp32."""
+    do, q, k, v = map(by_rows, (do_BLHK, q_BLHK, k_BLHK, v_BLHK))
+    dlse, o, lse = (x.contiguous() for x in (dlse_BHL, o_BLHK, lse_BHL))
+    B, L, H, K = q.shape
+    d, delta = inputs_gradients(q, lse)
+    tensors = (q, k, v, o, do, lse, dlse, d, delta, H)
+    strides = [stride for x in (q, k, v, o, do, d) for stride in x.stride()[:2]]
+    constants = {"q_h": q.stride(2), "k_h": k.stride(2), "v_h": v.stride(2), "do_h": do.stride(2), "L": L, "K": K}
+    for spans, queries, keys, how in passes(L):
+        launch(
+            backward_kernel, B * H * spans, q.device, *tensors, *strides, scale, **constants, WIDTHS=parts(K),
+            SPANS=spans, QUERIES=queries, KEYS=keys, **how,
+        )  # fmt: skip
+    return d, delta
+
+
+def plain(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
+    """The reference, with a scale."""
+    return ops.attend(q_BLHK * (scale * q_BLHK.shape[-1] ** 0.5), k_BLHK, v_BLHK)
+
+
+def plain_backward(
+    do: Tensor, dlse_BHL: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse_BHL: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """``backward`` in plain PyTorch."""
+    dtype = q.dtype
+    do, q, k, v, o = (ops.at_least_fp32(x.transpose(1, 2)) for x in (do, q, k, v, o))
+    p = (scale * (q @ k.mT) - lse_BHL[..., None]).exp()
+    delta_BHL = (do * o).sum(-1) - dlse_BHL
+    ds = p * (do @ v.mT - delta_BHL[..., None])
+    d_BHL3K = torch.stack((scale * (ds @ k), scale * (ds.mT @ q), p.mT @ do), 3)
+    return d_BHL3K.permute(0, 2, 3, 1, 4).to(dtype), delta_BHL
+
+
+def tangent(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse_BHL: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The change of o and lse, in plain PyTorch."""
+    dtype = q.dtype
+    q, k, v, dq, dk, dv = (ops.at_least_fp32(x.transpose(1, 2)) for x in (q, k, v, dq, dk, dv))
+    p = (scale * (q @ k.mT) - lse_BHL[..., None]).exp()
+    ds = scale * (dq @ k.mT + q @ dk.mT)
+    dlse_BHL = (p * ds).sum(-1)
+    do = (p * (ds - dlse_BHL[..., None])) @ v + p @ dv
+    return do.transpose(1, 2).to(dtype), dlse_BHL
+
+
+run = entry(
+    "short_attention",
+    forward,
+    backward,
+    (
+        "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+        "(Tensor do, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale) -> (Tensor, Tensor)",
+    ),
+    (
+        lambda q, k, v, scale: outputs(q),
+        lambda do, dlse, q, k, v, o, lse, scale: inputs_gradients(q, lse),
+    ),
+    saved=lambda inputs, outputs: (*inputs[:3], *outputs),
+    gradients=lambda _, found: found[0].unbind(2),
+    tangent=tangent,
+    plain_backward=plain_backward,
+)
+
+
+def packed(fn: Callable, at: int) -> Callable:
+    """The function with one (B, L, 3, H, K) in place of its arguments q, k and v, which are from ``at`` on."""
+
+    def on_slices(*args: Any) -> Any:
+        return fn(*args[:at], *args[at].unbind(2), *args[at + 1 :])
+
+    return on_slices
+
+
+run_packed = entry(
+    "short_attention_packed",
+    packed(forward, 0),
+    packed(backward, 2),
+    (
+        "(Tensor qkv, float scale) -> (Tensor, Tensor)",
+        "(Tensor do, Tensor dlse, Tensor qkv, Tensor o, Tensor lse, float scale) -> (Tensor, Tensor)",
+    ),
+    (
+        lambda qkv, scale: outputs(qkv[:, :, 0]),
+        lambda do, dlse, qkv, o, lse, scale: inputs_gradients(qkv[:, :, 0], lse),
+    ),
+    saved=lambda inputs, outputs: (inputs[0], *outputs),
+    gradients=lambda _, found: found[:1],
+    tangent=lambda qkv, o, lse, dqkv, scale: tangent(*qkv.unbind(2), o, lse, *dqkv.unbind(2), scale),
+    plain_backward=packed(plain_backward, 2),
+)
+
+
+def takes(scale: float, *tensors: Tensor) -> bool:
+    """Whether the kernels serve these; else the reference runs."""
+    alike = all(x.shape == tensors[0].shape for x in tensors)
+    return served(WIDEST, *tensors) and alike and tensors[0].shape[1] <= LONGEST and scale > 0
+
+
+def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v as one kernel, its backward as another.
+
+    The reference itself for fp64, mixed dtypes, heads beyond ``WIDEST``, samples beyond ``LONGEST`` and scales that are
+    not positive. Where q, k and v are the slices of one tensor, ``attend_packed`` spares a copy of their gradients.
+    """
+    if not takes(scale, q_BLHK, k_BLHK, v_BLHK):
+        return plain(q_BLHK, k_BLHK, v_BLHK, scale)
+    return run(q_BLHK, k_BLHK, v_BLHK, scale)[0]
+
+
+def attend_packed(qkv_BL3HK: Tensor, scale: float) -> Tensor:
+    """``attend`` of the three slices, whose gradient is one tensor too, written in place."""
+    q, k, v = qkv_BL3HK.unbind(2)
+    if not takes(scale, q, k, v):
+        return plain(q, k, v, scale)
+    return run_packed(qkv_BL3HK, scale)[0]
