@@ -67,28 +67,37 @@ def parts(K: int) -> tuple[int, ...]:
 
 
 @triton.jit
-def load(ptr, stride, row_R, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr):
+def part(i: tl.constexpr, row_R, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr, R: tl.constexpr):
+    """The columns of part ``i``, and which of its elements are there: all that the compiler can know to be are."""
+    at = 0
+    for j in tl.static_range(i):
+        at += WIDTHS[j]
+    column_W = at + tl.arange(0, WIDTHS[i])
+    mask = tl.full((R, WIDTHS[i]), True, tl.int1)
+    if L % R != 0:
+        mask = mask & (row_R < L)[:, None]
+    if i + 1 == len(WIDTHS):  # the others are whole
+        mask = mask & (column_W < K)[None, :]
+    return column_W[None, :], mask
+
+
+@triton.jit
+def load(ptr, stride, row_R, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr, R: tl.constexpr):
     """Rows of one head as parts; beyond L and K they are 0."""
     found = ()
-    at = 0
     for i in tl.static_range(len(WIDTHS)):
-        column_W = at + tl.arange(0, WIDTHS[i])
-        mask = (row_R < L)[:, None] & (column_W < K)[None, :]
-        found = found + (tl.load(ptr + row_R[:, None] * stride + column_W[None, :], mask=mask, other=0.0),)
-        at += WIDTHS[i]
+        column_1W, mask = part(i, row_R, L, K, WIDTHS, R)
+        found = found + (tl.load(ptr + row_R[:, None] * stride + column_1W, mask=mask, other=0.0),)
     return found
 
 
 @triton.jit
-def store(ptr, stride, row_R, values, factor, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr):
+def store(ptr, stride, row_R, values, factor, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr, R: tl.constexpr):
     """Stores the parts times ``factor`` as rows of one head."""
-    at = 0
     for i in tl.static_range(len(WIDTHS)):
-        column_W = at + tl.arange(0, WIDTHS[i])
-        mask = (row_R < L)[:, None] & (column_W < K)[None, :]
+        column_1W, mask = part(i, row_R, L, K, WIDTHS, R)
         value = (values[i] * factor).to(ptr.dtype.element_ty)
-        tl.store(ptr + row_R[:, None] * stride + column_W[None, :], value, mask=mask)
-        at += WIDTHS[i]
+        tl.store(ptr + row_R[:, None] * stride + column_1W, value, mask=mask)
 
 
 @triton.jit
@@ -157,10 +166,10 @@ def forward_kernel(
     lse_ptr += (b * H + h) * L
     exponent = scale * 1.4426950408889634  # of 2: log2(e)
     if N >= L:  # all keys at once: they stay for every block of queries
-        k, v = load(k_ptr, k_l, tl.arange(0, N), L, K, WIDTHS), load(v_ptr, v_l, tl.arange(0, N), L, K, WIDTHS)
+        k, v = load(k_ptr, k_l, tl.arange(0, N), L, K, WIDTHS, N), load(v_ptr, v_l, tl.arange(0, N), L, K, WIDTHS, N)
     for step in range(STEPS):
         row_M = (span * STEPS + step) * M + tl.arange(0, M)
-        q = load(q_ptr, q_l, row_M, L, K, WIDTHS)
+        q = load(q_ptr, q_l, row_M, L, K, WIDTHS, M)
         if N >= L:
             s_MN = over_columns(q, k, WIDTHS)
             if N > L:
@@ -174,17 +183,17 @@ def forward_kernel(
             o = zeros(M, WIDTHS)
             for first in tl.range(0, L, N, num_stages=STAGES):
                 row_N = first + tl.arange(0, N)
-                s_MN = over_columns(q, load(k_ptr, k_l, row_N, L, K, WIDTHS), WIDTHS)
+                s_MN = over_columns(q, load(k_ptr, k_l, row_N, L, K, WIDTHS, N), WIDTHS)
                 if L % N:
                     s_MN = tl.where((row_N < L)[None, :], s_MN, float("-inf"))
                 higher_M = tl.maximum(high_M, tl.max(s_MN, 1) * exponent)
                 fade_M = tl.exp2(high_M - higher_M)
                 p_MN = tl.exp2(s_MN * exponent - higher_M[:, None])
                 total_M = total_M * fade_M + tl.sum(p_MN, 1)
-                v = load(v_ptr, v_l, row_N, L, K, WIDTHS)
+                v = load(v_ptr, v_l, row_N, L, K, WIDTHS, N)
                 o = add_product(times_rows(o, fade_M, WIDTHS), p_MN, v, WIDTHS)
                 high_M = higher_M
-        store(o_ptr, o_l, row_M, times_rows(o, 1.0 / total_M, WIDTHS), 1.0, L, K, WIDTHS)
+        store(o_ptr, o_l, row_M, times_rows(o, 1.0 / total_M, WIDTHS), 1.0, L, K, WIDTHS, M)
         tl.store(lse_ptr + row_M, (high_M + tl.log2(total_M)) * 0.6931471805599453, mask=row_M < L)
 
 
@@ -198,22 +207,22 @@ def queries_pass(
     exponent = scale * 1.4426950408889634
     for step in range(STEPS):
         row_M = (span * STEPS + step) * M + tl.arange(0, M)
-        do = load(do_ptr, do_l, row_M, L, K, WIDTHS)
-        delta_M = row_products(do, load(o_ptr, o_l, row_M, L, K, WIDTHS), WIDTHS)
+        do = load(do_ptr, do_l, row_M, L, K, WIDTHS, M)
+        delta_M = row_products(do, load(o_ptr, o_l, row_M, L, K, WIDTHS, M), WIDTHS)
         delta_M -= tl.load(dlse_ptr + row_M, mask=row_M < L, other=0.0)
         tl.store(delta_ptr + row_M, delta_M, mask=row_M < L)
         lse_M = tl.load(lse_ptr + row_M, mask=row_M < L, other=0.0) * 1.4426950408889634
-        q = load(q_ptr, q_l, row_M, L, K, WIDTHS)
+        q = load(q_ptr, q_l, row_M, L, K, WIDTHS, M)
         dq = zeros(M, WIDTHS)
         for first in tl.range(0, L, N, num_stages=STAGES):
             row_N = first + tl.arange(0, N)
-            k, v = load(k_ptr, k_l, row_N, L, K, WIDTHS), load(v_ptr, v_l, row_N, L, K, WIDTHS)
+            k, v = load(k_ptr, k_l, row_N, L, K, WIDTHS, N), load(v_ptr, v_l, row_N, L, K, WIDTHS, N)
             s_MN, dp_MN = over_columns(q, k, WIDTHS), over_columns(do, v, WIDTHS)
             if L % N:
                 s_MN = tl.where((row_N < L)[None, :], s_MN, float("-inf"))
             p_MN = tl.exp2(s_MN * exponent - lse_M[:, None])
             dq = add_product(dq, p_MN * (dp_MN - delta_M[:, None]), k, WIDTHS)
-        store(dq_ptr, d_l, row_M, dq, scale, L, K, WIDTHS)
+        store(dq_ptr, d_l, row_M, dq, scale, L, K, WIDTHS, M)
 
 
 @triton.jit
@@ -226,11 +235,11 @@ def keys_pass(
     exponent = scale * 1.4426950408889634
     for step in range(STEPS):
         row_N = (span * STEPS + step) * N + tl.arange(0, N)
-        k, v = load(k_ptr, k_l, row_N, L, K, WIDTHS), load(v_ptr, v_l, row_N, L, K, WIDTHS)
+        k, v = load(k_ptr, k_l, row_N, L, K, WIDTHS, N), load(v_ptr, v_l, row_N, L, K, WIDTHS, N)
         dk, dv = zeros(N, WIDTHS), zeros(N, WIDTHS)
         for first in tl.range(0, L, M, num_stages=STAGES):
             row_M = first + tl.arange(0, M)
-            q, do = load(q_ptr, q_l, row_M, L, K, WIDTHS), load(do_ptr, do_l, row_M, L, K, WIDTHS)
+            q, do = load(q_ptr, q_l, row_M, L, K, WIDTHS, M), load(do_ptr, do_l, row_M, L, K, WIDTHS, M)
             lse_M = tl.load(lse_ptr + row_M, mask=row_M < L, other=0.0) * 1.4426950408889634
             delta_M = tl.load(delta_ptr + row_M, mask=row_M < L, other=0.0)
             s_NM, dp_NM = over_columns(k, q, WIDTHS), over_columns(v, do, WIDTHS)
@@ -239,8 +248,8 @@ def keys_pass(
             p_NM = tl.exp2(s_NM * exponent - lse_M[None, :])
             dv = add_product(dv, p_NM, do, WIDTHS)
             dk = add_product(dk, p_NM * (dp_NM - delta_M[None, :]), q, WIDTHS)
-        store(dv_ptr, d_l, row_N, dv, 1.0, L, K, WIDTHS)
-        store(dk_ptr, d_l, row_N, dk, scale, L, K, WIDTHS)
+        store(dv_ptr, d_l, row_N, dv, 1.0, L, K, WIDTHS, N)
+        store(dk_ptr, d_l, row_N, dk, scale, L, K, WIDTHS, N)
 
 
 @triton.jit
