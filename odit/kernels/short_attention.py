@@ -48,15 +48,16 @@ class Tuning(NamedTuple):
     steps: int
     """Blocks of rows that a program works on, one after the other; 0 means all of a head."""
     stages: int
-    """Blocks of the inner loop whose loads are under way at once."""
+    """Blocks of the inner loop whose loads are under way at once, from L2; with 1 they pass the multiprocessor's own
+    cache, from which later steps get them."""
     warps: int
     registers: int | None = None
     """At most so many a thread; None leaves it to the compiler."""
 
 
-FORWARD = Tuning(queries=64, keys=128, steps=0, stages=2, warps=4)
+FORWARD = Tuning(queries=128, keys=64, steps=1, stages=2, warps=8, registers=128)  # two programs a multiprocessor
 QUERIES = Tuning(queries=64, keys=64, steps=0, stages=2, warps=4)
-KEYS = Tuning(queries=64, keys=64, steps=0, stages=2, warps=4)
+KEYS = Tuning(queries=32, keys=64, steps=0, stages=2, warps=4)  # 64 queries would not fit in its registers
 TOGETHER = True  # whether a program of backward does both passes, with the warps and registers of ``KEYS``
 
 
@@ -167,7 +168,7 @@ def forward_kernel(
     exponent = scale * 1.4426950408889634  # of 2: log2(e)
     if N >= L:  # all keys at once: they stay for every block of queries
         k, v = load(k_ptr, k_l, tl.arange(0, N), L, K, WIDTHS, N), load(v_ptr, v_l, tl.arange(0, N), L, K, WIDTHS, N)
-    for step in range(STEPS):
+    for step in tl.range(0, STEPS, num_stages=STAGES if N >= L else 1):
         row_M = (span * STEPS + step) * M + tl.arange(0, M)
         q = load(q_ptr, q_l, row_M, L, K, WIDTHS, M)
         if N >= L:
@@ -205,7 +206,7 @@ def queries_pass(
 ):  # fmt: skip
     """delta and dq of blocks of queries."""
     exponent = scale * 1.4426950408889634
-    for step in range(STEPS):
+    for step in tl.range(0, STEPS, num_stages=1):
         row_M = (span * STEPS + step) * M + tl.arange(0, M)
         do = load(do_ptr, do_l, row_M, L, K, WIDTHS, M)
         delta_M = row_products(do, load(o_ptr, o_l, row_M, L, K, WIDTHS, M), WIDTHS)
@@ -233,7 +234,7 @@ def keys_pass(
 ):  # fmt: skip
     """dk and dv of blocks of keys; products are transposed, so that P^T and dS^T go from registers into the next."""
     exponent = scale * 1.4426950408889634
-    for step in range(STEPS):
+    for step in tl.range(0, STEPS, num_stages=1):
         row_N = (span * STEPS + step) * N + tl.arange(0, N)
         k, v = load(k_ptr, k_l, row_N, L, K, WIDTHS, N), load(v_ptr, v_l, row_N, L, K, WIDTHS, N)
         dk, dv = zeros(N, WIDTHS), zeros(N, WIDTHS)
