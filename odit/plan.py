@@ -268,13 +268,14 @@ def _kernels(run: Run, shape: Shape, device: torch.device, strategy: str) -> tup
             return flash(), f"kernels: PyTorch's attention, the rest reference (auto; no fused ones: {why})"
         return Ops(), f"kernels: reference (auto; no fused ones: {why})"
     cfg = run.model
-    length = models.num_tokens(cfg, shape.size) // models.of(cfg).time_space(cfg, shape.size)
+    frames = models.of(cfg).time_space(cfg, shape.size)
+    length = models.num_tokens(cfg, shape.size) // frames
     plain = strategy not in ("ring", "usp")  # these merge parts of attention by their log-sum-exp
     found = attention.choose(device, DTYPES[run.precision], cfg.head_size, length, widens=plain)
     ops = fused(flash() if on_gpu else Ops())
-    return attention.with_attention(
-        ops, found, cfg.head_size
-    ), f"kernels: fused{' (auto)' * (run.kernels == 'auto')}; {found.told}"
+    packs = strategy == "none" and frames == 1  # nothing looks at q, k and v between qkv and attend
+    told = f"kernels: fused{' (auto)' * (run.kernels == 'auto')}; {found.told}"
+    return attention.with_attention(ops, found, cfg.head_size, packs), told
 
 
 def _strategy(run: Run, shape: Shape, mesh: Mesh, device: torch.device) -> tuple[str, list[str]]:

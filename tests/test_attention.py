@@ -77,6 +77,32 @@ def test_wide_heads_change_nothing(kind):
     assert seen == [(8, 8)]
 
 
+@pytest.mark.parametrize("kind", ["bare", "normalised and rotated"])
+def test_one_tensor_of_q_k_and_v_changes_nothing(kind):
+    """A block whose q, k and v stay together where nothing comes between, in fp32."""
+    bare = kind == "bare"
+    cfg = dit.Config(width=24, heads=4, qk_norm=not bare)
+    params = redraw(dit.declare_block(cfg), dtype=torch.float32)
+    x, c, dy = (random.normal(random.fold_in(KEY, "one", name), shape) for name, shape in
+                (("x", (3, 10, 24)), ("c", (3, 24)), ("dy", (3, 10, 24))))  # fmt: skip
+    tables = () if bare else tuple(t.float() for t in nn.rotary_3d(1, 2, 5, cfg.head_size))
+    seen = []
+    backend = dataclasses.replace(
+        attention.BACKENDS["plain"],
+        attend_packed=lambda qkv, scale: seen.append(qkv.shape) or attention.plain(*qkv.unbind(2), scale),
+    )
+    record = attention.with_attention(Ops(), attention.Choice(backend, cfg.head_size, ""), cfg.head_size, packs=True)
+
+    def run(record):
+        leaves = [leaf.detach().requires_grad_() for leaf in (x, c, *tree.leaves(params))]
+        y = dit.make_block(cfg, record)(tree.unflatten(params, leaves[2:]), leaves[0], leaves[1], tables)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    for a, b in zip(run(record), run(Ops()), strict=True):
+        assert a.shape == b.shape and (a - b).norm() <= 1e-5 * b.norm().clamp(min=1e-2)
+    assert seen == ([(3, 10, 3, 4, 6)] if bare else [])
+
+
 @pytest.mark.parametrize("name", ["plain", "sdpa"])
 def test_backends_take_a_scale(name):
     q, k, v = (random.normal(random.fold_in(KEY, part), (2, 9, 3, 8)).double() for part in "qkv")

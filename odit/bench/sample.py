@@ -37,6 +37,8 @@ class Sample:
     """Dtype of matrix products."""
     repeats: int = 5
     """Measured draws; a row has their median. The first draw is told as start_s."""
+    profile: int = 0
+    """Adds a row of the kernels that took longest in one more draw, so many of them."""
     device: str = "auto"
     """'auto' takes a GPU where there is one."""
 
@@ -75,6 +77,9 @@ def sample_rows(cfg: Sample) -> None:
                 "mean": float(drawn.double().abs().mean()),
             }
             print(json.dumps(row), flush=True)
+            if cfg.profile:
+                slowest = train.slowest(lambda n=labels: draw(n, key), cfg.profile)
+                print(json.dumps({"name": "sample kernels", "way": way, "images": num, "kernels": slowest}), flush=True)
 
 
 def run_of(cfg: Sample, way: str) -> config.Run:

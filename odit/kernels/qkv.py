@@ -18,7 +18,7 @@ from torch import Tensor
 from odit import ops
 from odit.kernels.function import by_rows, empty, entry, served
 from odit.kernels.launch import launch
-from odit.kernels.rows import WARPS, place, totals
+from odit.kernels.rows import WARPS, inverse_root, place, totals
 
 WIDEST = 256  # values of a head
 ROWS = 32  # heads of tokens that a program works on at once
@@ -59,7 +59,7 @@ def angles(cos_ptr, sin_ptr, cos_l, sin_l, row_R, here_R, H, K: tl.constexpr, W:
 @triton.jit
 def normalise(a, b, eps, K: tl.constexpr):
     """Both halves over the rms of their row, and 1 / rms as (R, 1)."""
-    inverse_R1 = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(a * a + b * b, 1) / K + eps))[:, None]
+    inverse_R1 = inverse_root(tl.sum(a * a + b * b, 1) / K + eps)[:, None]
     return a * inverse_R1, b * inverse_R1, inverse_R1
 
 

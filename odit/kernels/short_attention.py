@@ -55,10 +55,11 @@ class Tuning(NamedTuple):
     """At most so many a thread; None leaves it to the compiler."""
 
 
-FORWARD = Tuning(queries=128, keys=64, steps=1, stages=2, warps=8, registers=128)  # two programs a multiprocessor
-QUERIES = Tuning(queries=64, keys=64, steps=0, stages=2, warps=4)
-KEYS = Tuning(queries=32, keys=64, steps=0, stages=2, warps=4)  # 64 queries would not fit in its registers
-TOGETHER = True  # whether a program of backward does both passes, with the warps and registers of ``KEYS``
+# The best of 98 and 215 cuts on an H200 at B 128, L 256, H 16, K 72 in bf16: 0.180 ms forward, 0.593 ms backward.
+FORWARD = Tuning(queries=64, keys=64, steps=1, stages=2, warps=4, registers=128)
+QUERIES = Tuning(queries=64, keys=64, steps=1, stages=2, warps=4)
+KEYS = Tuning(queries=32, keys=64, steps=1, stages=2, warps=4)  # 64 queries would not fit in its registers
+TOGETHER = False  # whether a program of backward does both passes, with the warps and registers of ``KEYS``
 
 
 def parts(K: int) -> tuple[int, ...]:
@@ -336,6 +337,16 @@ def forward(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> tup
     return o, lse
 
 
+def fastest_forward(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``forward``, by cuDNN's kernel on Hopper in half precision: 247 TFLOP/s to 215 where backward has 163 to 146."""
+    x = q_BLHK
+    if not x.is_cuda or x.dtype == torch.float32 or torch.cuda.get_device_capability(x.device) != (9, 0):
+        return forward(q_BLHK, k_BLHK, v_BLHK, scale)
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)
+    return o.transpose(1, 2).contiguous(), lse.reshape(lse.shape[:3])
+
+
 def backward(
     do_BLHK: Tensor, dlse_BHL: Tensor, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, o_BLHK: Tensor, lse_BHL: Tensor,
     scale: float,
@@ -389,7 +400,7 @@ def tangent(
 
 run = entry(
     "short_attention",
-    forward,
+    fastest_forward,
     backward,
     (
         "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
@@ -417,7 +428,7 @@ def packed(fn: Callable, at: int) -> Callable:
 
 run_packed = entry(
     "short_attention_packed",
-    packed(forward, 0),
+    packed(fastest_forward, 0),
     packed(backward, 2),
     (
         "(Tensor qkv, float scale) -> (Tensor, Tensor)",
