@@ -34,7 +34,7 @@ from odit.kernels.function import by_rows, empty, entry, served
 from odit.kernels.launch import launch
 
 WIDEST = 128  # columns of a head
-LONGEST = 1024  # tokens: beyond, kernels that keep more than one block of keys on their way are faster
+LONGEST = 1024  # tokens; every length is compiled for itself
 LEAST = 16  # columns of a tensor core's product
 
 
@@ -70,7 +70,7 @@ def parts(K: int) -> tuple[int, ...]:
 
 @triton.jit
 def part(i: tl.constexpr, row_R, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr, R: tl.constexpr):
-    """The columns of part ``i``, and which of its elements are there: all that the compiler can know to be are."""
+    """The columns of part ``i``, and which of its elements are there: what is always there, the compiler sees."""
     at = 0
     for j in tl.static_range(i):
         at += WIDTHS[j]
