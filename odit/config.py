@@ -120,6 +120,9 @@ class Run:
     """Dtype of matrix products; masters, moments and EMA are fp32 always."""
     kernels: Literal["auto", "reference", "fused"] = "auto"
     """Plain PyTorch, or fused kernels."""
+    deterministic: bool = True
+    """Attention's backward pass sums in one order, so that a run repeats bit for bit on a GPU; off is faster where
+    samples have thousands of tokens."""
     compile: bool = False
     """Compiles the blocks."""
     graphs: bool = True
@@ -322,6 +325,7 @@ FREE = {
         "kernels",
         "compile",
         "graphs",
+        "deterministic",
     ),
     *("device", "threads", "sampling", "data.workers", "data.path", "finetune.strict"),
     *("encoders.text_path", "encoders.vae", "encoders.vae_path", "encoders.place"),  # their fingerprints are compared

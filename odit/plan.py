@@ -271,9 +271,9 @@ def _kernels(run: Run, shape: Shape, device: torch.device, strategy: str) -> tup
     frames = models.of(cfg).time_space(cfg, shape.size)
     length = models.num_tokens(cfg, shape.size) // frames
     plain = strategy not in ("ring", "usp")  # these merge parts of attention by their log-sum-exp
-    found = attention.choose(device, DTYPES[run.precision], cfg.head_size, length, widens=plain)
+    found = attention.choose(device, DTYPES[run.precision], cfg.head_size, length, plain, run.deterministic)
     ops = fused(flash() if on_gpu else Ops())
-    packs = strategy == "none" and frames == 1  # nothing looks at q, k and v between qkv and attend
+    packs = strategy == "none"  # nothing looks at q, k and v between qkv and attend
     told = f"kernels: fused{' (auto)' * (run.kernels == 'auto')}; {found.told}"
     return attention.with_attention(ops, found, cfg.head_size, packs), told
 

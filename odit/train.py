@@ -323,7 +323,7 @@ def gradients(
         else:
             loss_B, grads = part_gradients(plan, params, held, x, y, draws, scale, sink)
         all_losses.append(loss_B)
-        total = add(total, grads, params, plan.sums_dtype)
+        total = add(total, grads, params, plan.sums_dtype, own=graphed is not None and len(parts) > 1)
         del grads  # or they would stand beside the sum until the next ones come
     total = layout.reduce(total)
     here = [g for g in tree.leaves(total) if g is not None]
@@ -333,20 +333,24 @@ def gradients(
 
 
 def graphed_gradients(plan: Plan, params: tree.Tree) -> Callable[[Tensor, tree.Tree, Draws], tuple[Tensor, tree.Tree]]:
-    """``part_gradients`` of these weights, cast anew in each call, as one graph: hundreds of kernels are launched at
-    once. With one micro-batch a step gradients are good until the next call, else copies."""
+    """``part_gradients`` of these weights as one graph, for a step: hundreds of kernels are launched at once. Gradients
+    are good until the next call."""
     place = ("gradients", *(p.data_ptr() for p in tree.leaves(params)))
     if place not in plan.graphs:
         there: list[bool] = []  # which leaves have a gradient
+        held = plan.layout.hold(params)
 
         def run(x: Tensor, y: tree.Tree, t_B: Tensor, noise: Tensor, dropped_B: Tensor) -> list[Tensor]:
             draws = Draws(t_B, noise, dropped_B)
-            loss_B, grads = part_gradients(plan, params, plan.layout.hold(params), x, y, draws)
+            loss_B, grads = part_gradients(plan, params, held, x, y, draws)
             there[:] = [g is not None for g in tree.leaves(grads)]
             return [loss_B, *(g for g in tree.leaves(grads) if g is not None)]
 
-        plan.graphs[place] = graphs.captured(run, copies=plan.num_micro > 1), there
-    captured, there = plan.graphs[place]
+        plan.graphs[place] = graphs.captured(run, copies=False), there, tree.leaves(held.whole)
+    captured, there, working = plan.graphs[place]
+    stale = [(w, p) for w, p in zip(working, tree.leaves(params)) if w.data_ptr() != p.data_ptr()]
+    if stale:  # else the weights are used as they are
+        torch._foreach_copy_(*map(list, zip(*stale)))
 
     def call(x: Tensor, y: tree.Tree, draws: Draws) -> tuple[Tensor, tree.Tree]:
         loss_B, *found = captured(x, y, *draws)
@@ -376,11 +380,14 @@ def part_gradients(
     return value_and_grad(loss_sum, plan.layout.targets(params, held), plan.trained)[1:]
 
 
-def add(total: tree.Tree | None, grads: tree.Tree, params: tree.Tree, dtype: torch.dtype | None = None) -> tree.Tree:
-    """Gradients so far and those of one more micro-batch; in ``dtype``, or in the masters'."""
+def add(
+    total: tree.Tree | None, grads: tree.Tree, params: tree.Tree, dtype: torch.dtype | None = None, own: bool = False
+) -> tree.Tree:
+    """Gradients so far and those of one more micro-batch; in ``dtype``, or in the masters'. With ``own`` the sum is
+    memory of its own from the first one on."""
     if total is not None:
         return tree.map(lambda a, b: None if b is None else a.add_(b), total, grads)
-    return tree.map(lambda g, p: None if g is None else g.to(dtype or p.dtype), grads, params)
+    return tree.map(lambda g, p: None if g is None else g.to(dtype or p.dtype, copy=own), grads, params)
 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def sample_rows(cfg: Sample) -> None:
             }
             print(json.dumps(row), flush=True)
             if cfg.profile:
-                slowest = train.slowest(lambda n=labels: draw(n, key), cfg.profile)
+                slowest = train.slowest(functools.partial(draw, labels, key), cfg.profile)
                 print(json.dumps({"name": "sample kernels", "way": way, "images": num, "kernels": slowest}), flush=True)
 
 

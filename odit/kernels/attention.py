@@ -36,6 +36,8 @@ class Backend:
     obstacle: Callable[[torch.device, torch.dtype, int], str | None]
     """Why it cannot serve (device, dtype, K); None where it can."""
     told: str
+    repeats: bool = True
+    """Whether its backward pass gives the same bits each time."""
     attend_packed: Callable[[Tensor, float], Tensor] | None = None
     """``attend_packed(qkv (B, L, 3, H, K), scale)``, whose gradient is one tensor too: no copy puts three together."""
 
@@ -91,13 +93,13 @@ def _fa4() -> Any:
 
 
 @torch.library.custom_op("odit::attend_fa4", mutates_args=())
-def _attend_fa4(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend_fa4(q: Tensor, k: Tensor, v: Tensor, scale: float, repeats: bool) -> tuple[Tensor, Tensor]:
     o, lse, *_ = _fa4()._flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True)
     return o, lse
 
 
 @_attend_fa4.register_fake
-def _(q, k, v, scale):
+def _(q, k, v, scale, repeats):
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
         (q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32
     )
@@ -105,25 +107,25 @@ def _(q, k, v, scale):
 
 @torch.library.custom_op("odit::attend_fa4_backward", mutates_args=())
 def _attend_fa4_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, repeats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _fa4()._flash_attn_bwd(q, k, v, o, do.contiguous(), lse, scale, deterministic=True)[:3]
+    dq, dk, dv = _fa4()._flash_attn_bwd(q, k, v, o, do.contiguous(), lse, scale, deterministic=repeats)[:3]
     return dq, dk, dv
 
 
 @_attend_fa4_backward.register_fake
-def _(do, q, k, v, o, lse, scale):
+def _(do, q, k, v, o, lse, scale, repeats):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _keep(ctx, inputs, output):
-    q, k, v, ctx.scale = inputs
+    q, k, v, ctx.scale, ctx.repeats = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, do, dlse):
-    return *_attend_fa4_backward(do, *ctx.saved_tensors, ctx.scale), None
+    return *_attend_fa4_backward(do, *ctx.saved_tensors, ctx.scale, ctx.repeats), None, None
 
 
 _attend_fa4.register_autograd(_differentiate, setup_context=_keep)
@@ -131,7 +133,12 @@ _attend_fa4.register_autograd(_differentiate, setup_context=_keep)
 
 def flash4(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
     """flash-attn 4, as a registered operator: its own autograd function would end a graph of torch.compile."""
-    return _attend_fa4(q_BLHK, k_BLHK, v_BLHK, scale)[0]
+    return _attend_fa4(q_BLHK, k_BLHK, v_BLHK, scale, True)[0]
+
+
+def flash4_any(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
+    """The same, whose dq is summed in whatever order its parts are ready."""
+    return _attend_fa4(q_BLHK, k_BLHK, v_BLHK, scale, False)[0]
 
 
 def _flash4_obstacle(device: torch.device, dtype: torch.dtype, K: int) -> str | None:
@@ -188,7 +195,8 @@ BACKENDS = {
         Backend("flash2", flash2, functools.partial(_needs_gpu, (8, 0)), "FlashAttention 2 (PyTorch's)"),
         Backend("cudnn", cudnn, functools.partial(_needs_gpu, (9, 0)), "cuDNN's attention"),
         Backend("flash4", flash4, _flash4_obstacle, "flash-attn 4"),
-        Backend("triton", triton, _triton_obstacle, "odit's kernel for short samples", triton_packed),
+        Backend("flash4_any", flash4_any, _flash4_obstacle, "flash-attn 4, summing in any order", repeats=False),
+        Backend("triton", triton, _triton_obstacle, "odit's kernel for short samples", attend_packed=triton_packed),
     )
 }
 
@@ -207,11 +215,13 @@ class Entry:
 
 # One H200, bf16, forward + backward, TFLOP/s on the true head size (2026-11-23, torch 2.11, flash-attn 4.0.0b36).
 HOPPER = (
+    Entry(72, 2048, "flash4_any", 80, "540 against 423 unpadded, cuDNN 319"),
     Entry(72, 2048, "flash4", 80, "540 against 423 unpadded, cuDNN 319"),
     Entry(72, 2048, "cudnn", 80, "372 against 319 unpadded"),
     Entry(72, 512, "cudnn", 72, "182 against flash-attn 4's 173"),
     Entry(72, 0, "triton", 72, "backward 0.59 ms against cuDNN's 0.66, and no copy of 0.11"),
     Entry(72, 0, "cudnn", 72, "182 against flash-attn 4's 173"),
+    Entry(64, 2048, "flash4_any", 64, "554 against cuDNN's 428"),
     Entry(64, 2048, "flash4", 64, "554 against cuDNN's 428"),
     Entry(64, 0, "cudnn", 64, "428 against FlashAttention 2's 279"),
 )
@@ -227,11 +237,14 @@ class Choice:
     told: str
 
 
-def choose(device: torch.device, dtype: torch.dtype, size: int, length: int, widens: bool = True) -> Choice:
+def choose(
+    device: torch.device, dtype: torch.dtype, size: int, length: int, widens: bool = True, repeats: bool = True
+) -> Choice:
     """Reads the table: the first entry of this device, head size and length that can run; else PyTorch's choice.
 
     Args:
         widens: whether heads may be made wider.
+        repeats: whether the backward pass must give the same bits each time.
     """
     if device.type != "cuda":
         return Choice(BACKENDS["plain"], size, "reference attention (no GPU)")
@@ -240,6 +253,8 @@ def choose(device: torch.device, dtype: torch.dtype, size: int, length: int, wid
         if entry.size != size or length < entry.least or (entry.wide != size and not widens):
             continue
         backend = BACKENDS[entry.backend]
+        if repeats and not backend.repeats:
+            continue
         if why := backend.obstacle(device, dtype, entry.wide):
             passed = passed or f"; not {backend.told}: {why}"
             continue

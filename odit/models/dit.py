@@ -193,18 +193,22 @@ def modulations(p: dict, c: Tensor) -> tuple[Tensor, ...]:
 
 def positions(cfg: Config, size: Size, device, dtype) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     """The additive table (L, D) or None, and the rotary tables () or (cos, sin) of (L, K/2) in at least fp32."""
-    make = _tables if torch.compiler.is_compiling() else _positions
-    return make(cfg, size, device, dtype)
+    return _tables(cfg, size, device, dtype)
 
 
-@functools.lru_cache(maxsize=64)
-def _positions(cfg: Config, size: Size, device, dtype) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """``_tables``, made once. Inference mode, fake tensors and torch.func's levels mark every tensor made under them,
-    and such a tensor may not outlive them in a cache; a new thread has none of them."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_tables, cfg, size, device, dtype).result()
+def kept(make: Callable) -> Callable:
+    """``make(*args)``, made once. Inference mode, fake tensors and torch.func's levels mark every tensor made under
+    them, and such a tensor may not outlive them in a cache; a new thread has none of them."""
+
+    @functools.lru_cache(maxsize=64)
+    def once(*args: Any) -> Any:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(make, *args).result()
+
+    return lambda *args: (make if torch.compiler.is_compiling() else once)(*args)
 
 
+@kept
 def _tables(cfg: Config, size: Size, device, dtype) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     frames, rows, columns = cfg.grid(size)
     clips = len(size) == 3

@@ -38,12 +38,17 @@ def forward(params: dict, x_BCTHW: Tensor, t_B: Tensor, y: Any, cfg: Config, ops
     x = linear(nn.patchify(x_BCTHW.to(dtype), cfg.patch, cfg.frame_patch), params["patch"])
     place_SD, _ = dit.positions(replace(cfg, positions="sincos"), size[1:], x.device, dtype)
     x_BTSD = x.unflatten(1, (frames, rows * columns)) + place_SD
-    time_TD = nn.sincos_1d(torch.arange(frames), cfg.width).to(x)
+    time_TD = _frames_table(frames, cfg.width, x.device, x.dtype)
     c_BD, caption = dit.condition(params, t_B, y, cfg)
     x, _ = ops.enter(x_BTSD)
     x = ops.layers(make_pair(cfg, ops), params["blocks"], x, dit.for_blocks(params, c_BD), (time_TD,), *caption)
     h = dit.final(params["final"], x.flatten(1, 2), c_BD, ops).unflatten(1, x.shape[1:3])
     return nn.unpatchify(ops.leave(h).flatten(1, 2), size, cfg.patch, cfg.frame_patch)
+
+
+@dit.kept
+def _frames_table(frames: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return nn.sincos_1d(torch.arange(frames), width).to(device, dtype)
 
 
 def make_pair(cfg: Config, ops: Ops) -> Callable:
