@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -86,6 +87,7 @@ def measure(cfg: Train, run: config.Run) -> tuple[dict[str, Any], list]:
     """The row of a run, and its slowest kernels if they are asked for."""
     torch._dynamo.reset()
     counters.clear()
+    gc.collect()  # the graphs of the way before
     composed = plan.make(run, data.open_dataset(run.data, None))
     dataset, key = data.open_dataset(run.data, composed.front.tokenize), random.key(0)
     (batch,) = loader.batches(dataset, key, global_batch=cfg.batch, stop=1)
