@@ -314,7 +314,8 @@ def finish(composed, dataset, state, recorder) -> None:
     run, out = composed.run, composed.run.out
     if composed.mesh.rank == 0:
         # Read back from the checkpoint: no rank ever holds the whole EMA while it trains.
-        alone = plan.compose(dataclasses.replace(plan.alone(run), device="cpu"), composed.shape, None, composed.front)
+        here = dataclasses.replace(plan.alone(run), device="cpu", kernels="reference")
+        alone = plan.compose(here, composed.shape, None, composed.front)
         whole = checkpoint.load_weights(out / "checkpoints" / f"step_{state.step:08d}", alone)
         told = about(composed, dataset, state)
         if run.finetune.lora_rank:  # what samples and exports knows the plain model alone
