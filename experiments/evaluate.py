@@ -99,8 +99,8 @@ def main(args: Evaluate) -> None:
                 f"{describe(shape)}: only a model of that data can be judged by it"
             )
         composed = plan.make(run, dataset, mesh, front)
-        if rank == 0 and composed.notes:
-            print(*composed.notes, sep="\n")
+        if rank == 0 and (notes := [*opened.note, *composed.notes]):
+            print(*notes, sep="\n")
         params = opened.load(composed)
         found = evaluate.evaluate(
             composed, params, dataset, num=args.num, seed=args.seed,

@@ -77,7 +77,7 @@ def main(args: Export) -> None:
                 autoencoder.save_pretrained(folder / "vae", safe_serialization=True)
     num = sum(leaf.numel() for leaf in tree.leaves(params))
     print(f"{args.out}: {num / 1e6:.2f} M parameters, {args.weights} weights of {args.checkpoint} ({found.kind})")
-    for line in left_out(args, found, run):
+    for line in [*found.note, *left_out(args, found, run)]:
         print(line)
 
 

@@ -99,8 +99,8 @@ def main(args: Sample) -> None:
         meshes.warm_up(mesh)
         composed = plan.compose(run, shape, mesh)
         check_encoders(found, composed)
-        if rank == 0 and composed.notes:
-            print(*composed.notes, sep="\n")
+        if rank == 0 and (notes := [*found.note, *composed.notes]):
+            print(*notes, sep="\n")
         if rank == 0 and composed.device.type == "cuda":
             why = sample.graph_obstacle(composed, run.sampling)
             print(f"graphs: {'none, ' + why if why else 'a model call is one CUDA graph'}")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from odit import manifest, optim, shards, tree
 from odit.health import CheckpointError, Damaged
-from odit.manifest import MANIFEST, Manifest
+from odit.manifest import MANIFEST, Box, Manifest
 from odit.parallel import collectives
 from odit.parallel.mesh import Axis
 from odit.plan import Plan
@@ -33,6 +33,7 @@ __all__ = [
     "Saver",
     "Weights",
     "find",
+    "is_hashed",
     "load",
     "load_weights",
     "on_rank_0",
@@ -203,24 +204,52 @@ def _check_shape(path: Path, name: str, found: tuple[int, ...], wanted: tuple[in
 
 
 def save_weights(path: Path, params: tree.Tree, about: dict[str, Any], which: str = "ema", disk: Disk = DISK) -> None:
-    """Writes one safetensors file of whole weights; its metadata holds what ``read_about`` returns."""
+    """Writes one safetensors file of whole weights; its metadata holds what ``read_about`` returns, and hashes.
+
+    What is told is sealed as a manifest is, hashes of the tensors' cells among it.
+    """
     tensors = {f"{which}/{p}": leaf for p, leaf in tree.items(params)}
-    metadata = {"format": "pt", "weights": which, "odit": json.dumps(about)}
+    told = {"format": manifest.FORMAT, **about, "tensors": {name: _hashes(x) for name, x in tensors.items()}}
+    metadata = {"format": "pt", "weights": which, "odit": manifest.to_bytes(told).decode()}
     with whole(path, disk) as temporary:
         shards.write_tensors(temporary, tensors, metadata, disk)
+
+
+def _hashes(x: torch.Tensor) -> dict[str, Any]:
+    shape = tuple(x.shape)
+    cell = manifest.cell_shape(shape, (False,) * len(shape))
+    return {"shape": shape, "cell": cell, "hashes": manifest.hash_cells(cell, _all_of(shape), x)}
+
+
+def _all_of(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
 
 
 def read_about(path: Path) -> dict[str, Any]:
     """What a checkpoint folder or a weights file says of itself: config, shape, step, data."""
     if path.is_dir():
         return manifest.read(path).about
-    metadata = _metadata(path)
-    if "odit" not in metadata:
+    told = _told(path)
+    if told is None:
         raise CheckpointError(f"{path} does not say which model it holds: use a file or checkpoint that odit wrote")
+    return {name: value for name, value in told.items() if name not in ("format", "tensors")}
+
+
+def is_hashed(path: Path) -> bool:
+    """Whether a changed byte of a checkpoint folder or a weights file shows; files of other programs have no hashes."""
+    return path.is_dir() or "tensors" in (_told(path) or {})
+
+
+def _told(path: Path) -> dict[str, Any] | None:
+    """What is in a weights file's metadata, held to its seal if it has one; None where that is not odit's."""
+    text = _metadata(path).get("odit")
+    if text is None:
+        return None
     try:
-        return json.loads(metadata["odit"])
+        told = json.loads(text)
     except ValueError as error:
         raise CheckpointError(f"{path} has metadata that cannot be read: {error}") from None
+    return manifest.unseal(text.encode(), path) if "tensors" in told or "hash" in told else told
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -230,19 +259,39 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def _in_file(path: Path, role: str) -> Weights:
     """The weights in one file."""
-    prefix, file = role + "/", shards.open_file(path)
+    prefix, file, told = role + "/", shards.open_file(path), (_told(path) or {}).get("tensors")
     if strange := [key for key in file.keys() if not key.startswith(prefix)]:
         raise CheckpointError(f"{path} holds {strange[0]} beside {role} weights: it is none of odit's files")
     with _readable(path):
         shapes = {key[len(prefix) :]: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    if told is not None:
+        _check_told(path, {prefix + name: shape for name, shape in shapes.items()}, told)
 
-    def read(name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    def stored(name: str, box: Box) -> torch.Tensor:
         with _readable(path):
-            part = file.get_slice(f"{role}/{name}")[tuple(slice(a, a + n) for a, n in zip(offsets, shape))]
+            part = file.get_slice(name)[box.within(_all_of(shapes[name[len(prefix) :]]))]
         if part.dtype != torch.float32:
-            raise CheckpointError(
-                f"{role}/{name} in {path} is {part.dtype}, weights are float32: convert the file first"
-            )
+            raise CheckpointError(f"{name} in {path} is {part.dtype}, weights are float32: convert the file first")
         return part.clone(memory_format=torch.contiguous_format)  # the file is mapped, and may change under us
 
+    def read(name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        box, whole, name = Box(tuple(offsets), tuple(shape)), _all_of(shapes[name]), prefix + name
+        if told is None:
+            return stored(name, box)
+        cell = tuple(told[name]["cell"])
+        wide = manifest.whole_cells(cell, box, whole)
+        x = stored(name, wide)
+        shards.check_cells(path, name, cell, told[name]["hashes"], whole, wide, x, "the one in its header")
+        return x if wide == box else x[box.within(wide)].clone(memory_format=torch.contiguous_format)
+
     return Weights(path, shapes, read)
+
+
+def _check_told(path: Path, shapes: dict[str, tuple[int, ...]], told: dict[str, Any]) -> None:
+    """Raises Damaged unless a file has the tensors, and their shapes, that it tells."""
+    for name in {**told, **shapes}:
+        theirs, mine = shapes.get(name), tuple(told[name]["shape"]) if name in told else None
+        if theirs != mine:
+            raise Damaged(
+                f"{path} was changed after it was written: its header has {name} as {theirs}, its hashes are of {mine}"
+            )

@@ -81,7 +81,7 @@ def start(plan: Plan, drawn: tree.Tree, key: random.Key) -> Start:
         return source.weights.read(path, spec.offsets(p.shape, rank), spec.local_shape(p.shape)).to(plan.home)
 
     params = tree.map_with_path(leaf, plan.declared, plan.layout.specs, drawn)
-    return Start(params, [line, *_other_objective(source, plan)])
+    return Start(params, [line, *source.note, *_other_objective(source, plan)])
 
 
 def _whole(weights: Weights, path: str) -> Tensor:

@@ -179,9 +179,16 @@ def _unsealed(path: Path) -> dict[str, Any]:
     try:
         if path.is_symlink():
             raise OSError("it is a link")
-        raw = path.read_bytes()
+        return unseal(path.read_bytes(), path)
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error}") from None
+
+
+def unseal(raw: bytes, path: Path) -> dict[str, Any]:
+    """What ``to_bytes`` was given, from its result; raises Damaged, with the path where it stood."""
+    try:
         value = json.loads(raw.decode(), object_pairs_hook=_without_doubles)
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} cannot be read: {error}") from None
     told = value.get("format") if isinstance(value, dict) else value
     if told != FORMAT or type(told) is not int:

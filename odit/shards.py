@@ -102,13 +102,18 @@ class Reader:
             raise Damaged(f"{name} in {path} cannot be read: {error}") from None
 
     def _check(self, name: str, cell: tuple[int, ...], piece: Piece, box: Box, x: torch.Tensor) -> None:
-        for number, part in manifest.numbered_cells(cell, box, piece.box):
-            told = piece.hashes[manifest.DIGITS * number : manifest.DIGITS * (number + 1)]
-            if manifest.hash_of(manifest.as_bytes(x[part.within(box)])) != told:
-                raise Damaged(
-                    f"{name} in {self.manifest.folder / piece.file} was changed after it was written: "
-                    "its hash is not the manifest's"
-                )
+        path = self.manifest.folder / piece.file
+        check_cells(path, name, cell, piece.hashes, piece.box, box, x, "the manifest's")
+
+
+def check_cells(
+    path: Path, name: str, cell: tuple[int, ...], hashes: str, within: Box, box: Box, x: torch.Tensor, whose: str
+) -> None:
+    """Raises Damaged unless x, a box of whole cells of a piece (``within``), has the hashes of these cells."""
+    for number, part in manifest.numbered_cells(cell, box, within):
+        told = hashes[manifest.DIGITS * number : manifest.DIGITS * (number + 1)]
+        if manifest.hash_of(manifest.as_bytes(x[part.within(box)])) != told:
+            raise Damaged(f"{name} in {path} was changed after it was written: its hash is not {whose}")
 
 
 def check_header(path: Path, told: File) -> None:

@@ -53,6 +53,13 @@ class Source:
     about: dict[str, Any]
     """As ``checkpoint.read_about``; of another project's weights config, shape and, where told, class_names."""
     open: Callable[[], Weights]
+    hashed: bool = False
+    """Whether a changed byte shows."""
+
+    @property
+    def note(self) -> list[str]:
+        """A line for people where damage would not show."""
+        return [] if self.hashed else [f"{self.path} carries no hashes: a changed byte in it would not show"]
 
     @functools.cached_property
     def weights(self) -> Weights:
@@ -127,7 +134,8 @@ def _own(path: Path, which: Which | None) -> Source:
         raise CheckpointError(f"{path} is a file of a diffusers model: give its folder {path.parent}")
     about = checkpoint.read_about(path)
     which = which or ("ema" if path.is_dir() else _held(path))
-    return Source(path, f"step {about.get('step')}", False, which, about, lambda: checkpoint.open_weights(path, which))
+    kind, hashed = f"step {about.get('step')}", checkpoint.is_hashed(path)
+    return Source(path, kind, False, which, about, lambda: checkpoint.open_weights(path, which), hashed)
 
 
 def _held(path: Path) -> Which:

@@ -13,10 +13,11 @@ import pytest
 import states
 import torch
 from conftest import script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from safetensors.torch import save as library_save
 
-from odit import checkpoint, manifest, random, saving, shards, train, tree
+from odit import checkpoint, config, manifest, random, saving, shards, train, tree
+from odit import source as sources
 from odit.health import CheckpointError, Damaged
 from odit.parallel import mesh as meshes
 from odit.storage import Disk, StorageError
@@ -140,6 +141,50 @@ def test_weights_file(saved, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"rubbish rubbish rubbish")
     with pytest.raises(CheckpointError, match=r"bad\.safetensors is no safetensors file"):
         checkpoint.read_about(tmp_path / "bad.safetensors")
+
+
+def test_a_flipped_bit_in_a_weights_file_is_refused(saved, tmp_path):
+    """Anywhere: of data by file and tensor, even where a box of it is read; of the header whatever it hits."""
+    plan, _ = saved
+    path, ema = tmp_path / "w.safetensors", state_of(plan).ema
+    checkpoint.save_weights(path, ema, {"config": {"steps": 20}, "step": 7})
+    good, head = path.read_bytes(), int.from_bytes(path.read_bytes()[:8], "little") + 8
+    layout = json.loads(good[8:head])
+    for name in ("ema/patch.w", "ema/blocks.1.mlp.fc2.w"):
+        start, end = layout[name]["data_offsets"]
+        for at in (start, (start + end) // 2, end - 1):
+            path.write_bytes(flipped(good, head + at))
+            with pytest.raises(Damaged, match=rf"{name} in .*w\.safetensors was changed after it was written"):
+                checkpoint.load_weights(path, plan)
+    weights = checkpoint.open_weights(path)  # the file of the last round
+    shape = weights.shapes["blocks.1.mlp.fc2.w"]
+    with pytest.raises(Damaged, match=r"ema/blocks\.1\.mlp\.fc2\.w"):
+        weights.read("blocks.1.mlp.fc2.w", (shape[0] - 1, shape[1] - 1), (1, 1))
+    for at in range(0, head, 7):
+        path.write_bytes(flipped(good, at))
+        try:
+            told, loaded = checkpoint.read_about(path), checkpoint.load_weights(path, plan)
+        except CheckpointError:
+            continue
+        assert told == {"config": {"steps": 20}, "step": 7}  # in the name of a field that nobody reads
+        assert all(torch.equal(x, y) for x, y in zip(tree.leaves(loaded), tree.leaves(ema)))
+
+
+def flipped(data, at):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def test_a_weights_file_without_hashes_loads_with_a_note(saved, tmp_path):
+    plan, _ = saved
+    path, ema = tmp_path / "w.safetensors", state_of(plan).ema
+    about = {"config": config.to_json(plan.run), "shape": dataclasses.asdict(plan.shape), "step": 7}
+    checkpoint.save_weights(path, ema, about)
+    assert sources.open_source(path).note == []
+    metadata = {"weights": "ema", "odit": json.dumps(about)}
+    save_file({f"ema/{name}": leaf for name, leaf in tree.items(ema)}, path, metadata)
+    opened = sources.open_source(path)
+    assert opened.note == [f"{path} carries no hashes: a changed byte in it would not show"]
+    assert all(torch.equal(x, y) for x, y in zip(tree.leaves(opened.load(plan)), tree.leaves(ema)))
 
 
 def test_files_are_the_librarys_byte_for_byte(tmp_path):
