@@ -1,4 +1,4 @@
-"""Tells what a checkpoint is: ``python experiments/show.py runs/a/ema.safetensors``."""
+"""Tells what a checkpoint is and whether it is whole: ``python experiments/show.py runs/a/ema.safetensors``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 import tyro
 
-from odit import config, health, plan, source
+from odit import checkpoint, config, crash, health, plan, source
+from odit.data import latents
 from odit.front import Front
 from odit.source import Foreign, Source
 
 TENSORS = 5  # shown
 NAMES = 10  # of classes shown
+WHOLE = "hashes: every byte is as it was written"
 UNTOLD = ("model", "diffusion")  # what is compared with presets of weights that do not tell their run
 FREE = ("out", "data.path", "device", "threads", "progress")  # where a run was, and not what
 
@@ -25,18 +27,57 @@ class Show:
     """What to look at."""
 
     path: tyro.conf.Positional[Path]
-    """Checkpoint folder or weights file, a .pt of facebookresearch/DiT, or a folder of diffusers."""
+    """Checkpoint folder or weights file, a .pt of facebookresearch/DiT, a folder of diffusers or of latents, or that of
+    a bad step."""
     foreign: Foreign = field(default_factory=Foreign)
     """What a checkpoint of another project does not tell."""
 
 
 def main(args: Show) -> None:
     """Reads it whole, so that damage shows, and prints what it says of itself."""
+    if (args.path / latents.INDEX).exists():
+        print(*cache(latents.Latents(args.path, held_out=0.0)), *files(args.path), sep="\n")
+        return
+    if (args.path / crash.FACTS).exists():
+        print(*bad_step(crash.read(args.path)), *files(args.path), sep="\n")
+        return
     found = source.open_source(args.path, None, args.foreign)
     num = len(found.weights.shapes)
-    print(*lines(found), *files(args.path), *tensors(found), sep="\n")
+    print(*lines(found), hashes(found), *files(args.path), *tensors(found), sep="\n")
     if num > TENSORS:
         print(f"  and {num - TENSORS} more")
+
+
+def cache(found: latents.Latents) -> Iterator[str]:
+    """What files of latents hold; raises DataError for one that was changed."""
+    index = found.index
+    yield f"kind: latents of {index['num']} samples of {'x'.join(map(str, index['sample']))}, {len(index['bad'])} bad"
+    yield from (f"encoder: {name} {fingerprint}" for name, fingerprint in found.encoders.items())
+    yield f"settings: {', '.join(f'{name} {value}' for name, value in index['settings'].items())}"
+    found.verify()
+    yield WHOLE
+
+
+def bad_step(facts: dict[str, Any]) -> Iterator[str]:
+    """What a run kept of a step whose numbers were not finite; its files were held to their hashes."""
+    yield f"kind: bad step {facts['step']}, whose {facts['bad']} was not finite (loss {facts['loss']})"
+    yield f"layout: {', '.join(f'{name} {value}' for name, value in facts['layout'].items())}"
+    for told in facts["batches"]:
+        yield f"samples of rank {told['rank']}: {', '.join(map(str, told['samples']))}"
+    yield f"weights: those before step {facts['weights']}, in its folder"
+    yield WHOLE
+
+
+def hashes(found: Source) -> str:
+    """Whether all bytes are as they were written; raises CheckpointError where they are not."""
+    if not found.hashed:
+        return "hashes: none"
+    if found.path.is_dir():
+        checkpoint.verify(found.path)
+    else:
+        for name, shape in found.weights.shapes.items():
+            found.weights.read(name, (0,) * len(shape), shape)
+    return WHOLE
 
 
 def lines(found: Source) -> Iterator[str]:

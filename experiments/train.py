@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import resource
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from odit import (
     checkpoint,
     checks,
     config,
+    crash,
     data,
     evaluate,
     finetune,
@@ -38,6 +40,7 @@ from odit.data import loader
 from odit.health import CheckpointError, NumericError
 from odit.parallel import collectives
 from odit.parallel import mesh as meshes
+from odit.storage import StorageError
 
 
 def main(run: config.Run) -> None:
@@ -163,7 +166,7 @@ def fresh(composed: plan.Plan, key: random.Key) -> train.TrainState:
 
 def loop(composed, dataset, state, key, recorder, stop, watch, saver, signals) -> train.TrainState:
     """Steps from ``state`` to ``stop``; raises Stopped, with the state saved, where a signal asked for it."""
-    run, step = composed.run, train.make_step(composed)
+    run, step, keeper = composed.run, train.make_step(composed), crash.Keeper(composed)
     batches = loader.batches(
         dataset,
         random.fold_in(key, "data"),
@@ -187,8 +190,10 @@ def loop(composed, dataset, state, key, recorder, stop, watch, saver, signals) -
             saver.at_step(state.step)
             asked = metrics.pop("stop", False) and state.step < stop
             bad_streak = bad_streak + 1 if "bad" in metrics else 0
-            if "bad" in metrics and composed.mesh.rank == 0:
-                tqdm.write(f"step {state.step}: {metrics['bad']} is not finite; the update was skipped")
+            if "bad" in metrics:
+                watch.rest()
+                keep(composed, dataset, state, batch, key, metrics, keeper, bad_streak == 10)
+                watch.beat()
             if bad_streak == 10:
                 raise NumericError(
                     f"10 steps in a row up to {state.step} were not finite, the last in {metrics['bad']}"
@@ -213,6 +218,18 @@ def loop(composed, dataset, state, key, recorder, stop, watch, saver, signals) -
         batches.close()
         bar.close()
     return state
+
+
+def keep(composed, dataset, state, batch, key, metrics, keeper, last) -> None:
+    """Keeps a bad step to be executed again, and names what was bad."""
+    try:
+        folder = keeper.keep(state, batch, key, metrics, about(composed, dataset, state), last)
+        kept = f"; to execute it again: --replay {folder}" if folder else ""
+    except StorageError as error:
+        kept = f"; {error}"
+    samples = crash.name(metrics.pop("bad_samples"))
+    if composed.mesh.rank == 0:
+        tqdm.write(f"step {state.step}: {metrics['bad']} is not finite{samples}; the update was skipped{kept}")
 
 
 def leave(composed, dataset, state, saver, signals) -> None:
@@ -335,10 +352,13 @@ def finish(composed, dataset, state, recorder) -> None:
 
 
 def cli() -> None:
-    """Reads the command line: a preset and what is changed of it."""
+    """Reads the command line: a preset and what is changed of it; or ``--replay``, with or without a preset."""
     warnings.filterwarnings("default", module="odit")
-    run = tyro.extras.overridable_config_cli(config.presets(), description=__doc__)
-    main(run)
+    presets, words = config.presets(), sys.argv[1:]
+    if any(word.split("=")[0] == "--replay" for word in words):
+        print(crash.replay(tyro.cli(crash.Replay, args=words[words[0] in presets :])))
+        return
+    main(tyro.extras.overridable_config_cli(presets, description=__doc__))
 
 
 if __name__ == "__main__":

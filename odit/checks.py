@@ -57,6 +57,8 @@ def _check_numbers(run: Run) -> None:
     for name in ("steps", "global_batch", "log_every", "checkpoint_every", "sample_every", "validate_every", "keep"):
         if getattr(run, name) < 1:
             raise ValueError(f"{name} is {getattr(run, name)}: use 1 or more")
+    if run.crashes < 0:
+        raise ValueError(f"crashes is {run.crashes}: use 0 or more")
     if run.validation_draws < 1:
         raise ValueError(f"validation_draws is {run.validation_draws}: use 1 or more")
     if not 0 <= run.seed < 2**64:
@@ -163,13 +165,10 @@ def _check_offload(run: Run) -> None:
 def _check_served(run: Run) -> None:
     """Settings that this version knows but does not serve are refused, never ignored."""
     p = run.parallel
-    later = {
-        "replay": (run.replay, (None,)),
-    }
-    for key, (found, served) in later.items():
-        if found not in served:
-            fits = " or ".join(str(value) for value in served)
-            raise ValueError(f"{key} is {found}, which this version does not serve yet: use {fits}")
+    if run.replay is not None:
+        raise ValueError(
+            f"replay {run.replay} takes the place of a run: use python experiments/train.py --replay alone"
+        )
     if run.compile and p.remat == "selective" and (p.sp or 1) > 1:
         raise ValueError(
             f"compile cannot follow parallel.remat selective across what passes between parallel.sp {p.sp} ranks: use "

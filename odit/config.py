@@ -95,7 +95,10 @@ class Run:
     """Weights to start from instead of a fresh draw: a checkpoint or weights file, a .pt of facebookresearch/DiT, or a
     folder of diffusers; live and EMA weights both start there."""
     replay: Path | None = None
-    """Crash folder to execute again."""
+    """Folder of a bad step to execute again, out/crashes/step_*, on one device; takes the place of the preset and of
+    every other setting but --device, --precision and --kernels."""
+    crashes: int = 3
+    """Bad steps (a loss or gradient that is not finite) that out/crashes keeps for --replay, the first ones."""
     log_every: int = 10
     """Steps between lines of metrics."""
     checkpoint_every: int = 1000
@@ -313,7 +316,7 @@ def presets() -> dict[str, tuple[str, Run]]:
 
 # Settings that a resumed run may change: none of them changes what the run means. (ring_fp8 rounds what is computed.)
 FREE = {
-    *("out", "stop_at", "micro_batch", "resume", "init_from", "replay", "log_every", "checkpoint_every"),
+    *("out", "stop_at", "micro_batch", "resume", "init_from", "replay", "crashes", "log_every", "checkpoint_every"),
     *("checkpoint_async", "keep"),
     *(
         "sample_every",

@@ -22,7 +22,7 @@ import torch
 
 from odit import manifest, shards, tree
 from odit.health import Damaged
-from odit.manifest import FORMAT, MANIFEST, Box, Entry, Piece
+from odit.manifest import FORMAT, MANIFEST, Box, Entry, File, Piece
 from odit.parallel import mesh as meshes
 from odit.parallel import sequence
 from odit.plan import Plan
@@ -31,6 +31,7 @@ from odit.train import TrainState
 
 ROLES = ("param", "adamw.m", "adamw.v", "ema")
 CLAIMABLE = "".join(strategy.claims for strategy in sequence.STRATEGIES.values())
+CHECKPOINTS = "checkpoints"
 PART = 1 << 20  # characters that go through the store at once
 
 
@@ -45,6 +46,10 @@ class Job(NamedTuple):
     """All tensors of all ranks, without pieces."""
     boxes: dict[str, Box]
     pieces: dict[str, torch.Tensor]
+    place: str = CHECKPOINTS
+    """Folder under ``out`` that steps are written to."""
+    extras: tuple[tuple[str, bytes], ...] = ()
+    """Names and contents of files that this rank writes beside its pieces."""
 
 
 def save(plan: Plan, state: TrainState, about: dict[str, Any], disk: Disk = DISK) -> Path:
@@ -61,10 +66,11 @@ def save(plan: Plan, state: TrainState, about: dict[str, Any], disk: Disk = DISK
     return write(job(plan, state, about), Talk(meshes.store(), axis.rank, axis.size), disk)
 
 
-def job(plan: Plan, state: TrainState, about: dict[str, Any]) -> Job:
-    """What ``save`` writes; its tensors are the state's own."""
+def job(plan: Plan, state: TrainState, about: dict[str, Any], roles: tuple[str, ...] = ROLES) -> Job:
+    """What ``save`` writes, or some roles of it; its tensors are the state's own."""
     rank, entries, boxes, pieces = plan.layout.axis.rank, {}, {}, {}
-    for role, t in zip(ROLES, (state.params, state.opt.m, state.opt.v, state.ema)):
+    trees = dict(zip(ROLES, (state.params, state.opt.m, state.opt.v, state.ema)))
+    for role, t in ((role, trees[role]) for role in roles):
         leaves = zip(tree.items(t), tree.leaves(plan.declared), tree.leaves(plan.layout.specs))
         for (path, leaf), p, spec in leaves:
             name = f"{role}/{path}"
@@ -129,9 +135,9 @@ class Talk:
 
 def write(job: Job, talk: Talk, disk: Disk = DISK) -> Path:
     """Writes a checkpoint; called by all ranks, in any thread of theirs. Raises StorageError on all of them."""
-    root = job.out / "checkpoints"
+    root = job.out / job.place
     final, temporary = root / f"step_{job.step:08d}", root / f".step_{job.step:08d}.tmp"
-    needed = shards.size_of(job.pieces)
+    needed = shards.size_of(job.pieces) + sum(len(data) for _, data in job.extras)
 
     def attempt(fn: Callable[[], Any]) -> dict[str, Any]:
         """{"done": result}, or {"error": sentence}: what every rank will raise."""
@@ -181,14 +187,18 @@ def begin(final: Path, temporary: Path, disk: Disk) -> str:
 
 
 def _write_pieces(job: Job, talk: Talk, folder: Path, disk: Disk) -> dict[str, Any]:
-    """Writes this rank's file; returns its name, size and hashes, and {tensor: [offsets, shape, cells' hashes]}."""
+    """Writes this rank's files; returns the name of that with its pieces, sizes and hashes of all, and {tensor:
+    [offsets, shape, cells' hashes]}."""
     name = f"state-{talk.rank:05d}-of-{talk.size:05d}.safetensors"
-    file = shards.write_tensors(folder / name, job.pieces, disk=disk)
+    files = {name: shards.write_tensors(folder / name, job.pieces, disk=disk)} if job.entries else {}
+    for extra, data in job.extras:
+        write_file(folder / extra, [data], disk)
+        files[extra] = File(len(data), manifest.hash_of(data), manifest.hash_of(data))
     pieces = {
         tensor: [*job.boxes[tensor], manifest.hash_cells(job.entries[tensor].cell, job.boxes[tensor], x)]
         for tensor, x in job.pieces.items()
     }
-    return {"name": name, "file": file._asdict(), "pieces": pieces}
+    return {"name": name, "files": {name: file._asdict() for name, file in files.items()}, "pieces": pieces}
 
 
 def _commit(job: Job, told: list[dict[str, Any]], temporary: Path, final: Path, disk: Disk) -> None:
@@ -201,31 +211,30 @@ def _commit(job: Job, told: list[dict[str, Any]], temporary: Path, final: Path, 
     for name, entry in entries.items():
         manifest.check_cover(temporary / MANIFEST, name, entry)
     tensors = {name: manifest.tell(entry) for name, entry in entries.items()}
-    files = {one["name"]: one["file"] for one in told}
+    files = {name: file for one in told for name, file in one["files"].items()}
     text = manifest.to_bytes({**job.about, "tensors": tensors, "files": files})
     write_file(temporary / MANIFEST, [text], disk)
     disk.sync_path(temporary)
     delete(final, disk)  # what has that name and is not whole
     disk.rename(temporary, final)
     disk.sync_path(final.parent)
-    kept = [step for step in steps(job.out) if step <= job.step and is_whole(folder_of(job.out, step))]
-    for step in kept[: -job.keep]:
-        delete(folder_of(job.out, step), disk)
+    older = [folder_of(job.out, step, job.place) for step in steps(job.out, job.place) if step <= job.step]
+    kept = [folder for folder in older if is_whole(folder)]
+    for folder in kept[: -job.keep]:
+        delete(folder, disk)
 
 
 # ---------------------------------------------------------------------------------------------------------- the folders
 
 
-def folder_of(out: Path, step: int) -> Path:
+def folder_of(out: Path, step: int, place: str = CHECKPOINTS) -> Path:
     """Where the checkpoint of a step is."""
-    return out / "checkpoints" / f"step_{step:08d}"
+    return out / place / f"step_{step:08d}"
 
 
-def steps(out: Path) -> list[int]:
+def steps(out: Path, place: str = CHECKPOINTS) -> list[int]:
     """Steps that have a checkpoint, rising."""
-    found = (
-        re.fullmatch(r"step_(\d{8,})", p.name) for p in (out / "checkpoints").glob("step_*") if (p / MANIFEST).exists()
-    )
+    found = (re.fullmatch(r"step_(\d{8,})", p.name) for p in (out / place).glob("step_*") if (p / MANIFEST).exists())
     return sorted(int(match[1]) for match in found if match)
 
 

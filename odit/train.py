@@ -136,7 +136,11 @@ def _mix(z: Tensor) -> Tensor:
 
 def losses(plan: Plan, params: tree.Tree, ops: Ops, x: Tensor, y: tree.Tree, draws: Draws) -> Tensor:
     """Loss a sample (B,), from weights in the working dtype and a record that can run them."""
-    y = plan.front.embed(conditions(plan, y, draws.dropped_B))
+    return losses_of(plan, params, ops, x, plan.front.embed(conditions(plan, y, draws.dropped_B)), draws)
+
+
+def losses_of(plan: Plan, params: tree.Tree, ops: Ops, x: Tensor, y: tree.Tree, draws: Draws) -> Tensor:
+    """``losses`` of conditions as they enter the model."""
     return plan.objective.loss(lambda x, t: plan.forward(params, x, t, y, ops=ops), x, draws.t_B, draws.noise)
 
 
@@ -169,7 +173,8 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch, random.Key], tuple[Tra
     """Makes the step function: draws, gradients over micro-batches, clip, AdamW, EMA. Params and EMA move in place.
 
     A step takes this rank's share of the global batch. A non-finite loss or gradient on any rank leaves weights,
-    moments and EMA as they were, bit for bit, on all of them; the metrics then name the first bad tensor as ``bad``.
+    moments and EMA as they were, bit for bit, on all of them; the metrics then name the first bad tensor as ``bad`` and
+    the samples whose loss is bad, by rank, as ``bad_samples``.
     Where ``stop`` is true on any rank they hold ``stop`` on all of them.
     """
     cfg, host = plan.run.optimizer, offloaded(plan)
@@ -193,7 +198,8 @@ def make_step(plan: Plan) -> Callable[[TrainState, Batch, random.Key], tuple[Tra
         if finite:
             state = move(lr, decay, norm)
         else:
-            metrics["bad"] = name_bad(plan, grads, host) or ("grad_norm" if math.isfinite(loss) else "loss")
+            name, metrics["bad_samples"] = tell_bad(plan, grads, loss_B, batch.ids_B, host)
+            metrics["bad"] = name or ("grad_norm" if math.isfinite(loss) else "loss")
         scale = next_scale(state.loss_scale, finite) if plan.dtype == torch.float16 else state.loss_scale
         return state._replace(step=state.step + 1, loss_scale=scale), metrics
 
@@ -283,12 +289,20 @@ def agree(
     return loss / plan.run.global_batch, math.sqrt(total), word & (2**64 - 1), wishes > 0
 
 
-def name_bad(plan: Plan, grads: tree.Tree, host: offload.Offload | None = None) -> str | None:
-    """The first bad tensor that any rank saw, in the order of ranks."""
+def tell_bad(
+    plan: Plan, grads: tree.Tree, loss_B: Tensor, ids_B: Tensor, host: offload.Offload | None = None
+) -> tuple[str | None, dict[int, list[int]]]:
+    """The first bad tensor that any rank saw, in the order of ranks; and draw ids of samples of bad loss, by rank.
+
+    Ranks that share samples compute the same losses, and the first of them tells.
+    """
     here = health.first_bad({"grad": grads})
     if here is None and host is not None and (path := host.first_bad()):
         here = f"grad.{path}"
-    return next((name for name in collectives.gather_objects(plan.layout.axis, here) if name), None)
+    samples = ids_B[~torch.isfinite(loss_B).cpu()].tolist() if plan.mesh.sp.rank == 0 else []
+    told = collectives.gather_objects(plan.layout.axis, (here, samples))
+    name = next((name for name, _ in told if name), None)
+    return name, {rank: samples for rank, (_, samples) in enumerate(told) if samples}
 
 
 def gradients(

@@ -52,9 +52,10 @@ SYNC_RENAME = "    disk.sync_path(final.parent)\n"
 COMMIT = f"""    delete(final, disk)  # what has that name and is not whole
     disk.rename(temporary, final)
 {SYNC_RENAME}"""
-PRUNE = """    kept = [step for step in steps(job.out) if step <= job.step and is_whole(folder_of(job.out, step))]
-    for step in kept[: -job.keep]:
-        delete(folder_of(job.out, step), disk)
+PRUNE = """    older = [folder_of(job.out, step, job.place) for step in steps(job.out, job.place) if step <= job.step]
+    kept = [folder for folder in older if is_whole(folder)]
+    for folder in kept[: -job.keep]:
+        delete(folder, disk)
 """
 EARLY = PRUNE.replace("[: -job.keep]", "[: len(kept) - job.keep + 1]")
 HIDE = """    disk.rename(folder, doomed)
@@ -99,8 +100,8 @@ MUTANTS = {
     # what is kept, and who knows
     "broken ones count": (
         saving,
-        "step <= job.step and is_whole(folder_of(job.out, step))",
-        "step <= job.step",
+        "in older if is_whole(folder)]",
+        "in older]",
         alone(disks.test_only_whole_checkpoints_count_for_retention),
     ),
     "a step that is there is written again": (

@@ -563,19 +563,25 @@ def test_show_tells_what_a_checkpoint_is(tiny, make_plan, tmp_path, capsys):
         "  manifest.json: ",
         "classes: a, b\n",
         "  patch.w 32x4, rms 0.",
+        "hashes: every byte is as it was written\n",
     ):
         assert words in told, words
+    last = sorted(folder.glob("state-*"))[-1]
+    last.write_bytes(last.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=f"{last.name} was changed after it was written"):
+        shown(folder, capsys)
 
 
 def test_show_reads_all_kinds_and_live_weights(tmp_path, capsys):
     run = run_of(dataclasses.replace(models.dit.sized("s", 2), depth=1, timestep_freqs="dit"), steps=None)
     saved(tmp_path / "a.safetensors", run, which="param")
-    assert "kind: weights file (param)\nstep: 7\n" in shown(tmp_path / "a.safetensors", capsys)
+    told = shown(tmp_path / "a.safetensors", capsys)
+    assert "kind: weights file (param)\nstep: 7\n" in told and "hashes: every byte is as it was written\n" in told
     exported(tmp_path / "a.safetensors", tmp_path / "a.pt", "dit", "param")
     exported(tmp_path / "a.safetensors", tmp_path / "b", "diffusers", "param", allow_other_timesteps=True)
     capsys.readouterr()
     told = shown(tmp_path / "a.pt", capsys)
-    assert "kind: weights of facebookresearch/DiT\nmodel: DiT width 384" in told
+    assert "kind: weights of facebookresearch/DiT\nmodel: DiT width 384" in told and "hashes: none\n" in told
     assert "config: dit-s-2 --model.depth 1\n" in told and "  a.pt: " in told
     told = shown(tmp_path / "b", capsys)
     assert "kind: weights of diffusers" in told and "  transformer/config.json: " in told and "classes: 0, 1, 2" in told

@@ -322,16 +322,23 @@ def test_what_cannot_be_encoded_is_refused(changes, message, folder, tmp_path):
 # --- refusals of runs ---
 
 
-def test_damage_is_seen(folder, cache, tmp_path):
+def test_damage_is_seen(folder, cache, tmp_path, capsys):
     import shutil
 
     shutil.copytree(cache, tmp_path / "c")
-    opened, file = latents.Latents(tmp_path / "c", 0.0), tmp_path / "c" / "latents-00001.safetensors"
+    opened, file, show = (
+        latents.Latents(tmp_path / "c", 0.0),
+        tmp_path / "c" / "latents-00001.safetensors",
+        script("show"),
+    )
     opened.verify()
+    show.main(show.Show(tmp_path / "c"))
+    told = capsys.readouterr().out
+    assert told.startswith("kind: latents of 14 samples of ") and "hashes: every byte is as it was written\n" in told
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(data.DataError, match=r"latents-00001.safetensors changed after the encoding"):
-        opened.verify()
+        show.main(show.Show(tmp_path / "c"))
     file.write_bytes(whole[:-1])
     with pytest.raises(data.DataError, match=rf"has {len(whole) - 1} bytes, index.json says {len(whole)}"):
         latents.Latents(tmp_path / "c", 0.0)

@@ -13,7 +13,7 @@ PURE = {
 }
 BOTH_SIDES = {
     *("plan", "checks", "front", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"),
-    *("initial", "source", "bench", "manifest", "shards", "saving"),
+    *("initial", "source", "bench", "manifest", "shards", "saving", "crash"),
 }
 ALLOWED = {
     "kernels": {"ops", "tree", "kernels"},
