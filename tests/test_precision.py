@@ -31,9 +31,9 @@ def dataset():
     return data.open_dataset(RUN.data)
 
 
-def run_at(stage, world=1, micro=1, **changes):
-    layout = config.Parallel(zero=stage, reduce=changes.pop("reduce", "fp32"))
-    return dataclasses.replace(RUN, micro_batch=RUN.global_batch // world // micro, parallel=layout, **changes)
+def run_at(stage, world=1, micro=1, sp=1, **changes):
+    layout = config.Parallel(zero=stage, sp=sp, reduce=changes.pop("reduce", "fp32"))
+    return dataclasses.replace(RUN, micro_batch=RUN.global_batch * sp // world // micro, parallel=layout, **changes)
 
 
 def share_of(run, step, rank, num):
@@ -190,7 +190,8 @@ def poisoned_mlp(h, p):
 
 
 def bad_step_on(mesh, run, fault, culprit):
-    """A step whose numbers go bad on the rank ``culprit`` alone, and a good one after it.
+    """A step whose numbers go bad on the rank ``culprit`` alone (input: on those that share its samples), and a good
+    one after it.
 
     Faults: 'element', an infinite element in the gradient of a block's fc2.w (its last: the last rank's part of it,
     with ZeRO) beside a finite loss; 'large', a sample whose gradient fp16 cannot hold and whose loss fp32 can;
@@ -206,7 +207,7 @@ def bad_step_on(mesh, run, fault, culprit):
     state, first = train.make_step(composed)(state, batches[0], KEY)  # so that moments and EMA are not zero
     before = [leaf.clone() for leaf in leaves_of(state)]
     x = batches[1].x.clone()
-    if fault != "element" and mine:
+    if fault != "element" and mesh.rank // mesh.sp.size == culprit // mesh.sp.size:
         x[1, 0, 2, 3] = {"large": 3e4, "input": math.inf}[fault]
     skipped, metrics = train.make_step(bad)(state, batches[1]._replace(x=x), KEY)
     unchanged = all(torch.equal(a, b) for a, b in zip(before, leaves_of(skipped), strict=True))
@@ -233,20 +234,24 @@ def leaves_of(state):
 
 # The bad element comes from rank 0 and ends in the part of the last; of the other faults rank 0 has nothing itself.
 CASES = [
-    (2, "fp32", "element", 0),
-    (2, "fp32", "input", 1),
-    (2, "fp16", "element", 0),
-    (2, "fp16", "large", 1),
-    (2, "fp16", "input", 1),
-    (4, "fp32", "element", 0),
-    (4, "fp16", "element", 0),
+    (2, 1, "fp32", "element", 0),
+    (2, 1, "fp32", "input", 1),
+    (2, 1, "fp16", "element", 0),
+    (2, 1, "fp16", "large", 1),
+    (2, 1, "fp16", "input", 1),
+    (2, 2, "fp32", "element", 1),
+    (2, 2, "fp32", "input", 0),
+    (4, 1, "fp32", "element", 0),
+    (4, 1, "fp16", "element", 0),
+    (4, 2, "fp32", "element", 3),
+    (4, 2, "fp32", "input", 2),
 ]
 
 
-@pytest.mark.parametrize("world, precision, fault, culprit", CASES, scope="session")
+@pytest.mark.parametrize("world, sp, precision, fault, culprit", CASES, scope="session")
 @STAGES
-def test_bad_numbers_on_one_rank_skip_the_step_on_all(ranks, world, stage, precision, fault, culprit):
-    found = ranks.run(world, bad_step_on, run_at(stage, world, precision=precision), fault, culprit)
+def test_bad_numbers_on_one_rank_skip_the_step_on_all(ranks, world, sp, stage, precision, fault, culprit):
+    found = ranks.run(world, bad_step_on, run_at(stage, world, sp=sp, precision=precision), fault, culprit, sp=sp)
     assert all(f == found[0] for f in found), "all ranks tell the same"
     one = found[0]
     assert one["unchanged"] and one["moved"]
