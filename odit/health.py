@@ -32,6 +32,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 AGAIN_S = 1.0  # a signal that comes sooner is the first one twice: to the terminal's group, and from the launcher
 
 ROLL_CALL_S = 2.0  # what ranks have to answer; a thread of each does so at once
+TELL_S = 2.0  # what storage has to take an exit code
 LOOK_S = 1.0  # how often a watch that expects no step looks whether it does again
 FOREVER_S = 20 * 86400.0  # in milliseconds it still fits the integer that the store uses
 
@@ -79,6 +80,7 @@ class Exit:
     """``exit/00000.json`` under a run's folder: this rank's own exit code and reason, as torchrun returns 1 for any."""
 
     path: Path | None = None
+    writing = threading.RLock()  # of a rank's threads, each of which then ends the process
 
     @classmethod
     def keep(cls, out: Path, rank: int) -> None:
@@ -89,11 +91,17 @@ class Exit:
 
     @classmethod
     def tell(cls, code: int, reason: str = "") -> None:
-        """Writes it, once; storage that fails is not told of, as there is no place to."""
-        path, cls.path = cls.path, None
-        if path is not None:
-            with contextlib.suppress(OSError):
-                storage.write_json(path, {"code": code, "reason": reason})
+        """Writes it, once; who comes later waits for that, for a while. Storage that fails is not told of, as there is
+        no place to."""
+        if not cls.writing.acquire(timeout=TELL_S):
+            return
+        try:
+            path, cls.path = cls.path, None
+            if path is not None:
+                with contextlib.suppress(OSError):
+                    storage.write_json(path, {"code": code, "reason": reason})
+        finally:
+            cls.writing.release()
 
 
 def first_bad(named: tree.Tree) -> str | None:
@@ -266,14 +274,17 @@ class Watch:
 
         Who comes first calls. Its launcher, which sees the failure too, may end it over that: then another one does.
         """
+        told = store.get("reason").decode()
         store.set(f"at/{self.rank}", self.place or _place(traceback.walk_stack(sys._current_frames()[self.main])))
         for turn in range(3):
             if store.add(f"turn/{turn}", 1) == 1:
-                told = call_roll(store, self.rank, self.world, store.get("reason").decode())
+                told = call_roll(store, self.rank, self.world, told)
                 print(f"\nerror: {told}", file=sys.stderr, flush=True)
-                store.set("told", "")
+                store.set("told", told)
             if meshes.wait_for(store, "told", ROLL_CALL_S + 1):
+                told = store.get("told").decode()
                 break
+        Exit.tell(DISTRIBUTED, told)
         leave(DISTRIBUTED)
 
 

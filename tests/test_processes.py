@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from odit import health
+from odit import checkpoint, crash, health, manifest, saving
+from odit.health import NumericError
 from odit.parallel import mesh as meshes
 
 ROOT = Path(__file__).parent.parent
@@ -59,16 +60,16 @@ def wait_until(true, seconds):
 
 
 @contextmanager
-def torchrun(tmp_path, *args):
+def torchrun(tmp_path, *args, world=4, script=("experiments/train.py",), **environment):
     """A small run on four ranks under torchrun that has come to its first steps: (launcher, log file).
 
     On random latents: scikit-learn, which has the digits, would double the time to start.
     """
     log, metrics = tmp_path / "log", tmp_path / "run" / "metrics.jsonl"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
-    command += ["experiments/train.py", "dit-s-8", *args, "--out", str(tmp_path / "run"), "--device", "cpu", *SMALL]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    command += [*script, "dit-s-8", *args, "--out", str(tmp_path / "run"), "--device", "cpu", *SMALL]
     with marked(tmp_path) as env, open(log, "w") as file:
-        launcher = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
+        launcher = subprocess.Popen(command, cwd=ROOT, env=env | environment, stdout=file, stderr=file)
         wait_until(lambda: launcher.poll() is not None or (metrics.exists() and metrics.stat().st_size), START_S)
         assert launcher.poll() is None and metrics.exists(), log.read_text()
         try:
@@ -144,6 +145,86 @@ def test_ranks_end_with_their_launcher(tmp_path):
     assert found and 0 < float(found[1]) <= float(found[2]) and abs(float(found[2]) - line["peak_gib"]) < 0.01
 
 
+@pytest.mark.slow
+def test_a_stopped_rank_ends_the_job_and_is_named(tmp_path):
+    """The launcher kills it, as it does not react to SIGTERM, after 30 seconds."""
+    with torchrun(tmp_path, "--no-progress", ODIT_TIMEOUT_S="5") as (launcher, log):
+        (pid,) = (pid for pid, rank in processes(tmp_path).items() if rank == 2)
+        os.kill(pid, signal.SIGSTOP)
+        others = {p for p, rank in processes(tmp_path).items() if rank not in (2, None)}
+        assert wait_until(lambda: not others & set(processes(tmp_path)), 5 + END_S), processes(tmp_path)
+        assert launcher.wait(30 + END_S) != 0
+        assert wait_until(lambda: not processes(tmp_path), END_S), processes(tmp_path)
+    (line,) = errors([log.read_text()])
+    assert re.match(r"error: no step in 5 s on rank [013]: rank 2 of 4 does not answer, ranks? ", line), line
+    assert exits(tmp_path / "run") == 3 * [{"code": 7, "reason": line.removeprefix("error: ")}]
+
+
+# ---------------------------------------------------------------------------------------------------- during a save
+
+
+SAVING = ("--no-progress", "--steps", "100000", "--checkpoint-every", "5", "--checkpoint-async")
+
+
+@contextmanager
+def while_saving(tmp_path, step, seconds):
+    """A job of two ranks, whose storage takes ``seconds`` a file, while it saves a step: (launcher, log file)."""
+    fault = ("tests/faulty.py", f"slow={seconds}")
+    with torchrun(tmp_path, *SAVING, world=2, script=fault) as (launcher, log):
+        hidden = tmp_path / "run" / "checkpoints" / f".step_{step:08d}.tmp"
+        assert wait_until(hidden.exists, START_S), log.read_text()
+        yield launcher, log
+
+
+@pytest.mark.parametrize("whom", ["launcher", pytest.param("rank", marks=pytest.mark.slow)])
+def test_a_signal_during_a_save_leaves_that_one_and_the_last(tmp_path, whom):
+    with while_saving(tmp_path, 5, 1) as (launcher, log):
+        (rank,) = (pid for pid, rank in processes(tmp_path).items() if rank == 1)
+        os.kill({"launcher": launcher.pid, "rank": rank}[whom], signal.SIGTERM)
+        assert launcher.wait(3 * END_S) != 0
+        assert wait_until(lambda: not processes(tmp_path), END_S), processes(tmp_path)
+    out = tmp_path / "run"
+    assert [told["code"] for told in exits(out)] == 2 * [75], log.read_text()
+    last = int(re.search(r"at step (\d+), which is saved", exits(out)[0]["reason"])[1])
+    assert checkpoint.steps(out) == sorted({5, last})
+    for step in checkpoint.steps(out):
+        checkpoint.verify(saving.folder_of(out, step))
+
+
+@pytest.mark.parametrize("whom", ["rank", pytest.param("launcher", marks=pytest.mark.slow)])
+def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, whom):
+    with while_saving(tmp_path, 10, 2) as (launcher, _):
+        (rank,) = (pid for pid, rank in processes(tmp_path).items() if rank == 1)
+        killed = time.monotonic()
+        os.kill({"launcher": launcher.pid, "rank": rank}[whom], signal.SIGKILL)
+        assert wait_until(lambda: not set(processes(tmp_path)) - {launcher.pid}, END_S), processes(tmp_path)
+        assert launcher.wait(END_S) != 0 and time.monotonic() - killed < END_S
+    out = tmp_path / "run"
+    assert checkpoint.steps(out) == [5] and checkpoint.find("latest", out) == saving.folder_of(out, 5)
+    checkpoint.verify(saving.folder_of(out, 5))
+
+
+# ------------------------------------------------------------------------------------------------------- bad numbers
+
+
+def test_a_rank_that_stays_bad_ends_the_job_with_its_code(tmp_path):
+    """After ten steps, three of which are kept, with the weights of the first one as they are in the last."""
+    command = ["tests/faulty.py", "nan=1", "dit-s-8", "--no-progress", "--out", str(tmp_path / "run"), *SMALL]
+    command += ["--device", "cpu", "--parallel.zero", "2", "--checkpoint-every", "1", "--keep", "20"]
+    codes, texts = ranks_alone(tmp_path, 2, lambda rank: command)
+    assert codes == [5, 5], texts
+    out, reason = tmp_path / "run", "10 steps in a row up to 11 were not finite, the last in grad.patch.w"
+    assert errors(texts) == 2 * [f"error: {reason}"]
+    assert exits(out) == 2 * [{"code": 5, "reason": reason}]
+    assert saving.steps(out, crash.PLACE) == [2, 3, 4] and checkpoint.steps(out) == list(range(1, 11))
+    first, last = (manifest.read(saving.folder_of(out, step)) for step in (1, 10))
+    assert first.tensors == last.tensors and first.about["updates"] == last.about["updates"] == 1
+    with pytest.raises(
+        NumericError, match=r"rank 1, micro-batch 0: loss nan .* forward, .* is x as it enters the model"
+    ):
+        crash.replay(crash.Replay(saving.folder_of(out, 3, crash.PLACE), "cpu"))
+
+
 def test_ranks_with_different_command_lines_end_before_they_meet(tmp_path):
     def command(rank):
         extra = ["--data.held-out", "0.25"] if rank == 1 else ["--device", "cpu", "--threads", "1"]
@@ -161,7 +242,8 @@ def test_ranks_with_different_command_lines_end_before_they_meet(tmp_path):
 STEPS = """
 import os, signal, sys, time
 import torch
-from odit import health
+from odit import checkpoint, crash, health, manifest, saving
+from odit.health import NumericError
 from odit.parallel import collectives, mesh as meshes
 
 def stop():
@@ -382,6 +464,25 @@ def test_a_signal_leaves_one_checkpoint_and_its_own_code(tmp_path, whom):
     by = "SIGTERM" if whom == "launcher" else "a signal to another rank"
     assert exits(out)[0]["reason"] == f"stopped by {by} at step {step}, which is saved: go on with --resume latest"
     assert folder.name == f"step_{step:08d}" and not [told["reason"] for told in exits(out)[1:] if told["reason"]]
+
+
+def test_who_ends_a_process_waits_for_the_one_that_tells_its_end(tmp_path, monkeypatch):
+    """Two threads of a rank may find out at once that others are lost."""
+    begun, write = threading.Event(), health.storage.write_json
+
+    def late(*args):
+        begun.set()
+        time.sleep(0.3)
+        write(*args)
+
+    monkeypatch.setattr(health.storage, "write_json", late)
+    health.Exit.keep(tmp_path, 0)
+    first = threading.Thread(target=health.Exit.tell, args=(7, "why"))
+    first.start()
+    assert begun.wait(5)
+    health.Exit.tell(7)
+    assert exits(tmp_path) == [{"code": 7, "reason": "why"}]
+    first.join()
 
 
 def test_a_second_signal_ends_a_process_at_once(tmp_path):
