@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,11 @@ class Keeper:
     """Writes the first ``run.crashes`` bad steps of a run; every rank calls it alike."""
 
     def __init__(self, plan: Plan, disk: Disk = DISK):
-        there = len(saving.steps(plan.run.out, PLACE)) if plan.layout.axis.rank == 0 else 0
+        there = saving.steps(plan.run.out, PLACE) if plan.layout.axis.rank == 0 else []
         self.plan, self.disk = plan, disk
-        self.left = plan.run.crashes - collectives.broadcast_object(plan.layout.axis, there)
+        self.there: list[int] = collectives.broadcast_object(plan.layout.axis, there)
+        """Steps that were kept before a resume."""
+        self.left = plan.run.crashes - len(self.there)
         self.weights: tuple[int, int] | None = None
         """The step whose folder holds weights, and after how many updates."""
 
@@ -77,11 +80,13 @@ class Keeper:
         Raises:
             StorageError: on all ranks, where one of them cannot write.
         """
+        if state.step in self.there:
+            return saving.folder_of(self.plan.run.out, state.step, PLACE)
         scale = metrics.get("loss_scale", 1.0)
         if self.left <= 0 or (scale > 1 and math.isfinite(metrics["loss"]) and not last):
             return None
         self.left -= 1
-        held = self.weights and self.weights[1] == int(state.opt.count)
+        held = self.weights is not None and self.weights[1] == int(state.opt.count)
         extras, batches = self._batches(batch, key, metrics["bad_samples"])
         if self.plan.layout.axis.rank == 0:
             facts = {
@@ -199,7 +204,10 @@ def replay(args: Replay) -> str:
     Raises:
         NumericError: they are not, and where that began.
         CheckpointError: a folder that is none of a kept step, or that is damaged.
+        ValueError: several ranks.
     """
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(f"replay runs on one device and these are {world} ranks: use python without torchrun")
     facts = read(args.replay)
     composed = compose(facts, args)
     params = checkpoint.load_weights(_weights(args.replay, facts["weights"]), composed, ROLE)
@@ -313,7 +321,7 @@ def name(bad: dict[int, list[int]]) -> str:
 def _samples(ids: list[int]) -> str:
     """Draw ids as samples, the first ones of many."""
     more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
-    return f"samples {', '.join(map(str, sample_ids(ids[:NAMED]).tolist()))}{more}"
+    return f"sample{'s' * (len(ids) > 1)} {', '.join(map(str, sample_ids(ids[:NAMED]).tolist()))}{more}"
 
 
 class Seen:

@@ -69,7 +69,7 @@ def save(plan: Plan, state: TrainState, about: dict[str, Any], disk: Disk = DISK
 def job(plan: Plan, state: TrainState, about: dict[str, Any], roles: tuple[str, ...] = ROLES) -> Job:
     """What ``save`` writes, or some roles of it; its tensors are the state's own."""
     rank, entries, boxes, pieces = plan.layout.axis.rank, {}, {}, {}
-    trees = dict(zip(ROLES, (state.params, state.opt.m, state.opt.v, state.ema)))
+    trees: dict[str, tree.Tree] = dict(zip(ROLES, (state.params, state.opt.m, state.opt.v, state.ema)))
     for role, t in ((role, trees[role]) for role in roles):
         leaves = zip(tree.items(t), tree.leaves(plan.declared), tree.leaves(plan.layout.specs))
         for (path, leaf), p, spec in leaves:

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_front
 import torch
 from conftest import redraw, script
 from test_precision import KEY, RUN, dataset, drawn_state, leaves_of, share_of
 
-from odit import checkpoint, config, crash, ops, plan, saving, train, tree
+from odit import checkpoint, config, crash, data, ops, plan, saving, train, tree
 from odit.crash import Replay, replay
+from odit.data import loader
 from odit.health import CheckpointError, Damaged, NumericError
 from odit.parallel.mesh import single
 from odit.storage import Disk, StorageError
@@ -22,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_at(out, stage=0, sp=1, precision="fp32", **changes):
-    layout = config.Parallel(zero=stage, sp=sp)
-    return dataclasses.replace(RUN, out=out, micro_batch=4, parallel=layout, precision=precision, **changes)
+    changes = {"parallel": config.Parallel(zero=stage, sp=sp), **changes}
+    return dataclasses.replace(RUN, out=out, micro_batch=4, precision=precision, **changes)
 
 
 def told_of(composed, state):
@@ -82,7 +84,7 @@ def test_the_sample_of_a_bad_loss_is_kept_and_shows_itself_again(ranks, tmp_path
     assert {p.name for p in folder.glob("batch-*")} == {f"batch-{rank:05d}.safetensors"}
     sample = bad & 0xFFFFFFFF
     message = (
-        rf"step_00000002 on cpu in fp32: rank {rank}, micro-batch 1: loss nan \(of samples {sample}\); forward, the "
+        rf"step_00000002 on cpu in fp32: rank {rank}, micro-batch 1: loss nan \(of sample {sample}\); forward, the "
         r"first that is not finite is x as it enters the model; backward, the first is the gradient of what "
         r"final\.leave gave; the first bad leaf is grad\.final\.out\.b"
     )
@@ -140,27 +142,46 @@ def test_the_first_are_kept_and_share_their_weights(tmp_path):
     for folder in folders[:2]:
         with pytest.raises(NumericError, match="micro-batch 1"):
             replay(Replay(folder, "cpu"))
-    assert crash.Keeper(plan.make(run_at(tmp_path, crashes=2), dataset())).left == 0  # a resumed run's too
+    again = bad_steps_on(single(), run_at(tmp_path, crashes=3), "nan", 0, num=3)[0]  # a resumed run's are beside them
+    assert again == [*folders[:2], tmp_path / "crashes" / "step_00000004"] and list(again[2].glob("state-*"))
     folders[0].rename(tmp_path / "away")
     with pytest.raises(CheckpointError, match=r"has the weights of .*step_00000002, which is not there: put it back"):
         replay(Replay(folders[1], "cpu"))
+
+
+def test_state_on_the_host_is_kept_as_any(tmp_path):
+    layout = config.Parallel(zero=3, offload="optimizer")
+    (folder,), *_, steps, updates = bad_steps_on(single(), run_at(tmp_path, parallel=layout), "nan", 0)
+    assert (steps, updates) == (2, 1)
+    with pytest.raises(NumericError, match="rank 0, micro-batch 1: loss nan"):
+        replay(Replay(folder, "cpu"))
+
+
+def test_what_encoders_made_is_kept_and_they_are_not_needed_again(tmp_path, monkeypatch):
+    run = test_front.run_of(out=tmp_path)
+    front = plan.load_front(run)
+    found = data.open_dataset(run.data, front.tokenize)
+    composed = plan.make(run, found, None, front)
+    state, (batch,) = train.init_state(composed, KEY), loader.batches(found, KEY, global_batch=4, stop=1)
+    state = state._replace(step=1, params=tree.map(torch.Tensor.float, redraw(composed.declared)))
+    x = front.latents(batch.x, batch.ids_B, KEY)
+    draws = train.draw(composed, batch.ids_B, tuple(x.shape[1:]), KEY)
+    loss = float(train.losses(composed, state.params, composed.ops, x, batch.y, draws).detach().double().mean())
+    folder = crash.Keeper(composed).keep(state, batch, KEY, METRICS, told_of(composed, state))
+    monkeypatch.setattr(plan, "load_front", lambda *args: pytest.fail("an encoder is loaded"))
+    assert f"here the loss is {loss:.6g} and all gradients are finite" in replay(Replay(folder, "cpu"))
+
+
+METRICS = {"loss": 1.0, "grad_norm": math.nan, "lr": 1e-3, "draw_digest": "0", "bad": "grad.patch.w", "bad_samples": {}}
 
 
 def test_what_is_finite_does_not_reproduce(tmp_path):
     composed = plan.make(run_at(tmp_path), dataset())
     state, batch = drawn_state(composed)._replace(step=1), share_of(composed.run, 0, 0, 1)
     loss_B, grads, _ = train.gradients(composed, state.params, batch, KEY)
-    metrics = {
-        "loss": float(loss_B.mean()),
-        "grad_norm": math.nan,
-        "lr": 1e-3,
-        "draw_digest": "0",
-        "bad": "grad.patch.w",
-    }
-    metrics["bad_samples"] = {}
-    folder = crash.Keeper(composed).keep(state, batch, KEY, metrics, told_of(composed, state))
+    folder = crash.Keeper(composed).keep(state, batch, KEY, METRICS, told_of(composed, state))
     told = replay(Replay(folder, "cpu"))
-    assert f"here the loss is {metrics['loss']:.6g} and all gradients are finite" in told
+    assert f"here the loss is {float(loss_B.double().mean()):.6g} and all gradients are finite" in told
     # and is what the step computed, bit for bit
     facts, params = crash.read(folder), checkpoint.load_weights(folder, composed, "param")
     total = None
@@ -172,7 +193,10 @@ def test_what_is_finite_does_not_reproduce(tmp_path):
 def test_an_overflow_that_the_loss_scale_mends_is_not_kept(tmp_path):
     composed = plan.make(run_at(tmp_path, precision="fp16"), dataset())
     metrics = {"loss": 1.0, "bad": "grad.patch.w", "bad_samples": {}, "loss_scale": 65536.0}
-    assert crash.Keeper(composed).keep(None, None, KEY, metrics, {}) is None and not (tmp_path / "crashes").exists()
+    assert (
+        crash.Keeper(composed).keep(drawn_state(composed), None, KEY, metrics, {}) is None
+        and not (tmp_path / "crashes").exists()
+    )
 
 
 # ------------------------------------------------------------------------------------------------- where it went bad
@@ -237,7 +261,7 @@ def test_the_site_that_went_bad_is_named(tmp_path, site, at, forward, backward, 
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-def test_damage_and_other_folders_are_refused(tmp_path):
+def test_damage_and_other_folders_are_refused(tmp_path, monkeypatch):
     (folder,), *_ = bad_steps_on(single(), run_at(tmp_path), "nan", 0)
     for name in ("batch-00000.safetensors", crash.FACTS):
         good = (folder / name).read_bytes()
@@ -247,6 +271,11 @@ def test_damage_and_other_folders_are_refused(tmp_path):
         (folder / name).write_bytes(good)
     with pytest.raises(CheckpointError, match=r"is no folder of a kept step: give one of out/crashes/step_\*"):
         replay(Replay(tmp_path, "cpu"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match="replay runs on one device and these are 2 ranks: use python without torchrun"
+    ):
+        replay(Replay(folder, "cpu"))
     with pytest.raises(ValueError, match=r"replay .* takes the place of a run"):
         plan.compose(run_at(tmp_path, replay=folder), composed_shape())
 
@@ -289,7 +318,7 @@ def test_a_run_keeps_its_bad_steps_and_the_command_line_executes_them(tiny, monk
     for step, folder in zip((2, 3), folders):
         (sample,) = {sample & 0xFFFFFFFF for sample in crash.read(folder)["bad_samples"]["0"]}
         assert (
-            f"step {step}: grad.patch.w is not finite (the loss of samples {sample} on rank 0); the update was skipped"
+            f"step {step}: grad.patch.w is not finite (the loss of sample {sample} on rank 0); the update was skipped"
             in told
         )
         assert f"; to execute it again: --replay {folder}" in told
