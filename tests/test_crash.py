@@ -258,6 +258,25 @@ def test_the_site_that_went_bad_is_named(tmp_path, site, at, forward, backward, 
     assert torch.equal(found.loss_B, good.loss_B)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_gpu_fused_kernels_and_graphs_are_watched_too(tmp_path, precision):
+    run = run_at(tmp_path, precision=precision, kernels="fused", model=dataclasses.replace(RUN.model, width=64))
+    (folder,), (bad,), same, *_ = bad_steps_on(single(), run, "nan", 0)
+    assert same and "cuda" in crash.read(folder)["layout"]["device"]
+    for args, on in (({}, "cuda"), ({"kernels": "reference"}, "cuda"), ({"device": "cpu", "kernels": "auto"}, "cpu")):
+        message = rf"on {on}.* micro-batch 1: loss nan \(of sample {bad & 0xFFFFFFFF}\); forward, .* is x as it enters"
+        with pytest.raises(NumericError, match=message):
+            replay(Replay(folder, **args))
+    composed = crash.compose(crash.read(folder), Replay(folder))
+    params = checkpoint.load_weights(folder, composed, "param")
+    inputs = next(crash.micro_batches(folder / "batch-00000.safetensors", crash.read(folder)["batches"][0]))[1]
+    inputs["x"] = torch.nan_to_num(inputs["x"])
+    assert not crash.execute(composed, params, inputs).bad
+    params["blocks"][1]["mlp"]["fc1"]["b"][3] = math.inf
+    assert crash.execute(composed, params, inputs).forward == "blocks.1.mlp"
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
