@@ -4,12 +4,14 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import script
 from test_precision import KEY, RUN, dataset
-from test_runs import metrics, same_tensors, state
+from test_runs import ROOT, metrics, same_tensors, state
 
 from odit import checkpoint, config, plan, random, train
 from odit.data import loader
@@ -104,3 +106,31 @@ def test_on_other_layouts_it_is_the_run_of_one_rank(ranks, tmp_path):
     for epoch in range(whole):
         seen = sorted(i & 0xFFFFFFFF for i in flat if i >> 32 == epoch)
         assert seen == train_ids
+
+
+WORDS = (
+    "digits --steps 20 --model.width 24 --model.depth 2 --no-evaluate --no-progress --log-every 1 --device cpu".split()
+)
+PARTS = [(1, 5, ""), (4, 10, "--parallel.zero 3"), (4, 15, "--parallel.sp 2 --parallel.zero 2"), (3, 20, "")]
+
+
+def script_on(world, out, *words):
+    """A run of the script on ``world`` ranks."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    command = [*start, "experiments/train.py", *WORDS, "--out", str(out), *words]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_script_goes_on_on_other_layouts(tmp_path):
+    script_on(1, tmp_path / "alone")
+    for world, stop, words in PARTS:
+        script_on(world, tmp_path / "parted", "--resume", "latest", "--stop-at", str(stop), *words.split())
+    alone, parted = (
+        [line for line in metrics(tmp_path / name) if "draw_digest" in line] for name in ("alone", "parted")
+    )
+    assert [line["step"] for line in parted] == list(range(1, 21))
+    assert [line["draw_digest"] for line in alone] == [line["draw_digest"] for line in parted]
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(alone, parted, strict=True)) < 1e-5
