@@ -93,7 +93,7 @@ def test_on_other_layouts_it_is_the_run_of_one_rank(ranks, tmp_path):
     for number, (world, sp, stage) in enumerate(SEGMENTS, 1):
         layout = config.Parallel(sp=sp, zero=stage, sequence="ulysses" if sp > 1 else "auto")
         part = dataclasses.replace(run, out=tmp_path / "parted", parallel=layout)
-        found = ranks.run(world, segment_on, part, number * EACH, sp=sp)
+        found = ranks.run(world, segment_on, part, number * EACH, sp=sp, timeout_s=60)
         assert all(f[:2] == found[0][:2] for f in found)
         losses += found[0][0]
         digests += found[0][1]
