@@ -21,8 +21,6 @@ from tqdm import tqdm
 
 from odit import checks, config, health, media, plan, random, record, sample, source, tree
 from odit.encoders import config as frozen
-from odit.health import CheckpointError
-from odit.models.config import Shape
 from odit.parallel import mesh as meshes
 from odit.source import Foreign, Source
 
@@ -98,7 +96,7 @@ def main(args: Sample) -> None:
         mesh = meshes.make_mesh(world, rank, **checks.axes(run, world))
         meshes.warm_up(mesh)
         composed = plan.compose(run, shape, mesh)
-        check_encoders(found, composed)
+        source.check_encoders(found, composed)
         if rank == 0 and (notes := [*found.note, *composed.notes]):
             print(*notes, sep="\n")
         if rank == 0 and composed.device.type == "cuda":
@@ -138,7 +136,7 @@ def read_run(args: Sample, found: Source, world: int) -> config.Run:
     )
     return dataclasses.replace(
         run,
-        encoders=override(run, args.encoders, shape),
+        encoders=source.encoders_of(found, args.encoders),
         global_batch=world,  # nothing is trained here: a batch that any number of ranks divides
         precision=args.precision or run.precision,
         device=args.device,
@@ -146,56 +144,6 @@ def read_run(args: Sample, found: Source, world: int) -> config.Run:
         compile=args.compile,
         parallel=config.Parallel(sp=args.sp, sequence=args.sequence, cfg=args.cfg),
     )
-
-
-def override(run: config.Run, given: frozen.Config, shape: Shape) -> frozen.Config:
-    """The run's encoders with what a command line says of them, in the dtype in which they served."""
-    told = {f.name: getattr(given, f.name) for f in dataclasses.fields(given) if getattr(given, f.name) != f.default}
-    found = dataclasses.replace(run.encoders, **told)
-    if found.text != "bytes" or found.vae != "none":
-        found = dataclasses.replace(found, precision=found.precision or run.precision)
-    return dataclasses.replace(found, text_length=shape.text_length or found.text_length)
-
-
-def check_encoders(found: Source, composed: plan.Plan) -> None:
-    """Refuses encoders that the weights were not trained with, and says what is shown without an autoencoder."""
-    told = found.about.get("encoders")
-    if told is None:
-        check_sizes(found, composed)
-    else:
-        check_fingerprints(found, told, composed)
-    latents = found.shape.channels not in (1, 3) if told is None else "vae" in told
-    if latents and composed.front.vae is None and composed.mesh.rank == 0:
-        print("no --encoders.vae and --encoders.vae-path to decode with: the first channel of latents is shown")
-
-
-def check_fingerprints(found: Source, told: dict[str, str], composed: plan.Plan) -> None:
-    """Refuses encoders that are not those of the run, by what it told of them."""
-    for name, given in composed.front.fingerprints.items():
-        if name not in told:
-            raise CheckpointError(
-                f"encoders.{name} is given but checkpoint {found.path} was trained without one: leave it out"
-            )
-        if given != told[name]:
-            raise CheckpointError(
-                f"encoders.{name}_path has the fingerprint {given} in {composed.run.encoders.precision}, checkpoint "
-                f"{found.path} was trained with {told[name]}: give that one, in the --encoders.precision it had"
-            )
-
-
-def check_sizes(found: Source, composed: plan.Plan) -> None:
-    """Refuses encoders of other widths than the model's, where no fingerprint tells which ones it had."""
-    front, shape = composed.front, found.shape
-    if front.vae is not None and front.vae.channels != shape.channels:
-        raise CheckpointError(
-            f"encoders.vae_path has latents of {front.vae.channels} channels, checkpoint {found.path} draws "
-            f"{shape.channels}: give the one that it was trained with"
-        )
-    if front.text is not None and front.text_size != (shape.text_length, shape.text_width):
-        raise CheckpointError(
-            f"encoders.text_path makes captions of {front.text_size[1]} channels, checkpoint {found.path} reads "
-            f"{shape.text_width}: give the one that it was trained with"
-        )
 
 
 def choose(args: Sample, composed: plan.Plan) -> tuple[dict[str, list], tree.Tree]:
@@ -212,7 +160,7 @@ def choose(args: Sample, composed: plan.Plan) -> tuple[dict[str, list], tree.Tre
         return {"labels": labels.tolist()}, labels
     if args.label:
         raise ValueError(f"label {args.label[0]} is given but this model was trained with captions: use --prompt")
-    prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
+    prompts = [*args.prompt, *(sample.read_prompts(args.prompts) if args.prompts else [])]
     if not prompts:
         raise ValueError('prompt is not given but this model draws by captions: use --prompt "..." or --prompts FILE')
     prompts = [prompts[i % len(prompts)] for i in range(args.num)]
@@ -226,14 +174,6 @@ def target(out: Path | None, clips: bool) -> Path:
     if out.suffix not in kinds:
         raise ValueError(f"out is {out}, which cannot hold {'clips' if clips else 'pictures'}: use {', '.join(kinds)}")
     return out
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that hold something."""
-    found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not found:
-        raise ValueError(f"prompts {path} has no caption in it: write one a line")
-    return found
 
 
 def write(args: Sample, composed: plan.Plan, shown: dict[str, list], pictures) -> None:

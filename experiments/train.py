@@ -74,8 +74,9 @@ def main(run: config.Run) -> None:
             say(composed, f"already at step {state.step} of {stop}: nothing to do")
             return
         recorder = stack.enter_context(record.Recorder(run, state.step) if rank == 0 else record.Silent())
+        measure = evaluate.during_training(composed)
         with checkpoint.Saver(composed, run.checkpoint_async) as saver:
-            state = loop(composed, dataset, state, key, recorder, stop, watch, saver, signals)
+            state = loop(composed, dataset, state, key, recorder, stop, watch, saver, signals, measure)
         say(composed, f"{run.out}: step {state.step} of {run.steps} after {time.monotonic() - began:.0f} s")
         if state.step == run.steps:
             finish(composed, dataset, state, recorder)
@@ -164,7 +165,7 @@ def fresh(composed: plan.Plan, key: random.Key) -> train.TrainState:
     return state._replace(params=params, ema=tree.map(torch.clone, params))
 
 
-def loop(composed, dataset, state, key, recorder, stop, watch, saver, signals) -> train.TrainState:
+def loop(composed, dataset, state, key, recorder, stop, watch, saver, signals, measure) -> train.TrainState:
     """Steps from ``state`` to ``stop``; raises Stopped, with the state saved, where a signal asked for it."""
     run, step, keeper = composed.run, train.make_step(composed), crash.Keeper(composed)
     batches = loader.batches(
@@ -208,7 +209,7 @@ def loop(composed, dataset, state, key, recorder, stop, watch, saver, signals) -
                 bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:.0f} samples/s{text}")
             paused = time.monotonic()
             watch.rest()
-            periodic(composed, dataset, state, recorder, stop, saver)
+            periodic(composed, dataset, state, recorder, stop, saver, measure)
             if asked:
                 leave(composed, dataset, state, saver, signals)
             watch.beat()
@@ -272,8 +273,8 @@ def on_bad(path: str, reason: str) -> None:
     tqdm.write(f"skipped {path}: {reason}")
 
 
-def periodic(composed, dataset, state, recorder, stop, saver) -> None:
-    """Validation, pictures and checkpoints, when they are due."""
+def periodic(composed, dataset, state, recorder, stop, saver, measure) -> None:
+    """Validation, pictures, figures of many pictures, and checkpoints, when they are due."""
     run, last = composed.run, state.step == stop
     if (state.step % run.validate_every == 0 or last) and len(dataset.held_out_ids):
         found = validate.validate(composed, state.ema, dataset, on_bad)
@@ -282,6 +283,11 @@ def periodic(composed, dataset, state, recorder, stop, saver) -> None:
             tqdm.write(f"step {state.step}: validation loss {found['loss']:.5f} (EMA weights)")
     if state.step % run.sample_every == 0 or last:
         recorder.pictures(state.step, grid(composed, dataset, state), columns(composed))
+    if measure is not None and (state.step % run.evaluation.every == 0 or last):
+        found = measure(state.ema)
+        recorder.log(state.step, found, prefix="evaluation_")
+        if composed.mesh.rank == 0:
+            tqdm.write(f"step {state.step}: {', '.join(f'{name} {value:.3f}' for name, value in found.items())}")
     if state.step % run.checkpoint_every == 0 or last:
         saver.save(state, about(composed, dataset, state))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from odit import data, diffusion, finetune, kernels, models, optim
+from odit import data, diffusion, fidelity, finetune, kernels, models, optim
 from odit.config import Run, Sampling
 from odit.data import latents
 from odit.diffusion import solvers
@@ -46,6 +46,7 @@ def check(run: Run, shape: Shape | None = None, world: int = 1) -> None:
         model_config.check(run.model, shape)
         _check_sequence(run, shape, sp, world)
         check_sampling(run.sampling, run.model, shape, objective)
+    fidelity.check(run.evaluation)
     if run.evaluate and run.data.source in data.DIGITS and run.data.held_out * 1797 < 1:
         raise ValueError(
             f"data.held_out is {run.data.held_out} but evaluate needs held-out digits for its judge: "

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from odit import data, diffusion, finetune, optim
+from odit import data, diffusion, fidelity, finetune, optim
 from odit.encoders import config as encoders
 from odit.models import config as models
 
@@ -142,6 +142,7 @@ class Run:
     optimizer: optim.Config = field(default_factory=optim.Config)
     finetune: finetune.Config = field(default_factory=finetune.Config)
     sampling: Sampling = field(default_factory=Sampling)
+    evaluation: fidelity.Config = field(default_factory=fidelity.Config)
     parallel: Parallel = field(default_factory=Parallel)
 
 
@@ -330,7 +331,7 @@ FREE = {
         "graphs",
         "deterministic",
     ),
-    *("device", "threads", "sampling", "data.workers", "data.path", "finetune.strict"),
+    *("device", "threads", "sampling", "evaluation", "data.workers", "data.path", "finetune.strict"),
     *("encoders.text_path", "encoders.vae", "encoders.vae_path", "encoders.place"),  # their fingerprints are compared
     *(f"parallel.{setting.name}" for setting in dataclasses.fields(Parallel) if setting.name != "ring_fp8"),
 }

@@ -76,6 +76,10 @@ class Front:
             return (shape[0] // 2, *shape[1:])  # a cache has means and log-variances
         return shape if self.vae is None else self.vae.latent_shape(shape)
 
+    def pixel_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """([T,] H, W) of what is decoded of samples of the model's ``size``."""
+        return size if self.vae is None else self.vae.pixel_size(size)
+
     def latents(self, x: Tensor, ids_B: Tensor, key: random.Key) -> Tensor:
         """What the model sees of samples: themselves, or scaled draws of the latents' distributions (fp32)."""
         if self.cache is not None:

@@ -13,6 +13,7 @@ from odit import metrics, random
 from odit.data import Dataset
 from odit.data.captioned import DigitsText
 from odit.data.moving import DIRECTIONS, SIDE, MovingDigits
+from odit.fidelity import frechet
 
 KEY = random.fold_in(random.key(0), "evaluate")  # of all judges of digits, which makes them one judge
 FAINT = 0.25  # of full ink: what is fainter is background to the search for the digit, though not to its classifier
@@ -50,7 +51,7 @@ def judge_digits(pictures: Tensor, labels: Tensor, digits: Dataset) -> dict[str,
         "num": len(pictures),
         "class_accuracy": _percent(logits.argmax(-1) == labels),
         "judge_accuracy": 100 * judge.accuracy,
-        "frechet": metrics.frechet(*metrics.moments(features), *metrics.moments(real)),
+        "frechet": frechet.distance(frechet.moments(features), frechet.moments(real)),
         "frechet_floor": metrics.halves_distance(real, random.fold_in(KEY, "halves")),
         "nearest": float(nearest.mean()),
         "nearest_held_out": float(nearest_held.mean()),

@@ -1,4 +1,4 @@
-"""Measures of generated pictures: a classifier of the real ones (the judge), Frechet distance, nearest neighbours."""
+"""Measures of generated pictures: a classifier of the real ones (the judge), nearest neighbours, halves of one set."""
 
 from __future__ import annotations
 
@@ -10,34 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from odit import optim, random, tree
+from odit.fidelity import frechet
 
 HALVES_KEY = random.fold_in(random.key(0), "odit.metrics halves")
-
-
-def moments(features_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and unbiased covariance (D, D) in fp64; needs two samples or more."""
-    x_ND = features_ND.double()
-    mean_D = x_ND.mean(0)
-    centred_ND = x_ND - mean_D
-    return mean_D, centred_ND.T @ centred_ND / (len(x_ND) - 1)
-
-
-def frechet(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, cov_b_DD: Tensor) -> float:
-    """Squared Frechet distance of two Gaussians, |a - b|^2 + tr(A + B - 2 (A B)^(1/2)), in fp64, at least 0.
-
-    The eigenvalues of (A B)^(1/2) are those of (sqrt(A) B sqrt(A))^(1/2), which are the singular values of
-    sqrt(A) sqrt(B): taken so, rank-deficient covariances lose no digits to the square root of a rounding error.
-    (Dowson and Landau 1982; used on features by Heusel et al. 2017.)
-    """
-    mean_a_D, cov_a_DD, mean_b_D, cov_b_DD = (t.double() for t in (mean_a_D, cov_a_DD, mean_b_D, cov_b_DD))
-    overlap = torch.linalg.svdvals(_sqrt(cov_a_DD) @ _sqrt(cov_b_DD)).sum()
-    distance = (mean_a_D - mean_b_D).square().sum() + cov_a_DD.trace() + cov_b_DD.trace() - 2 * overlap
-    return max(0.0, float(distance))
-
-
-def _sqrt(cov_DD: Tensor) -> Tensor:
-    value_D, vector_DD = torch.linalg.eigh(cov_DD)
-    return (vector_DD * value_D.clamp(min=0).sqrt()) @ vector_DD.T
 
 
 def halves_distance(features_ND: Tensor, key: random.Key = HALVES_KEY) -> float:
@@ -47,7 +22,7 @@ def halves_distance(features_ND: Tensor, key: random.Key = HALVES_KEY) -> float:
     """
     num = len(features_ND)
     shuffled_ND = features_ND[random.permutation(key, num, torch.arange(num))]
-    return frechet(*moments(shuffled_ND[: num // 2]), *moments(shuffled_ND[num // 2 :]))
+    return frechet.distance(frechet.moments(shuffled_ND[: num // 2]), frechet.moments(shuffled_ND[num // 2 :]))
 
 
 def nearest(x_ND: Tensor, train_MD: Tensor, chunk: int = 256) -> Tensor:

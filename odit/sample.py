@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,11 +34,29 @@ def sampler(plan: Plan, params: tree.Tree) -> Callable[..., Tensor]:
     condition: (N, C, [T,] H, W) fp32, as the model left them (not clamped). Ranks along dp draw a share each, with
     ``parallel.cfg`` 2 pairs of them; all return all pictures.
 
+        batch: pictures at once on one rank.
+        other settings: as of ``drawer``.
+    """
+    at = drawer(plan, params)
+
+    def draw(conditions_N: tree.Tree, key: random.Key, *, batch: int = 256, **settings: Any) -> Tensor:
+        pictures = at(conditions_N, key, **settings)
+        with torch.no_grad():
+            return spread(pictures, len(tree.leaves(conditions_N)[0]), plan.mesh.pictures, batch).float()
+
+    return draw
+
+
+def drawer(plan: Plan, params: tree.Tree) -> Callable[..., Callable[[Tensor], Tensor]]:
+    """What a sampler draws by, for whoever shares pictures out over ranks in another way; the weights must stay.
+
+    ``at(conditions_N, key, *, sampling=None, start=0, progress=None)`` gives a function from places int64 (B,) among the
+    conditions to the pictures there. It may run collectives: all ranks call it equally often, for equally many places.
+
         conditions_N: labels int64, or captions as ``plan.tokenize`` makes them; picture ``start + n`` shows number n.
             The null label, or the empty caption, gives unconditional pictures.
         sampling: solver, steps and guidance; the run's own unless given.
         start: index of the first picture; its noise depends on key and index alone.
-        batch: pictures at once on one rank.
         progress: wraps the iterable of solver steps, such as tqdm.
     """
     with torch.no_grad():
@@ -52,27 +71,26 @@ def sampler(plan: Plan, params: tree.Tree) -> Callable[..., Tensor]:
         """What was captured for these settings; ``fn`` does the same as when that was."""
         return graphed.setdefault(told, graphs.captured(fn))
 
-    def draw(
+    def at(
         conditions_N: tree.Tree,
         key: random.Key,
         *,
         sampling: Sampling | None = None,
         start: int = 0,
-        batch: int = 256,
         progress: Callable | None = None,
-    ) -> Tensor:
+    ) -> Callable[[Tensor], Tensor]:
         told = sampling or plan.run.sampling
         wrap = as_graph if graph_obstacle(plan, told) is None else guidance.as_is
 
         def pictures(places_B: Tensor) -> Tensor:
             ids_B = (start + places_B).to(plan.device)
             conditions_B = tree.map(lambda c: c[places_B].to(plan.device), conditions_N)
-            return _sample_batch(plan, forward, conditions_B, ids_B, key, told, progress, wrap)
+            with torch.no_grad():
+                return _sample_batch(plan, forward, conditions_B, ids_B, key, told, progress, wrap)
 
-        with torch.no_grad():
-            return spread(pictures, len(tree.leaves(conditions_N)[0]), plan.mesh.pictures, batch).float()
+        return pictures
 
-    return draw
+    return at
 
 
 def graph_obstacle(plan: Plan, sampling: Sampling) -> str | None:
@@ -162,6 +180,14 @@ def choose_labels(num: int, num_classes: int, chosen: tuple[int, ...]) -> Tensor
     return torch.tensor(chosen).repeat(-(-num // len(chosen)))[:num]
 
 
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file of captions that hold something; raises ValueError where there is none."""
+    found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"prompts {path} has no caption in it: write one a line")
+    return found
+
+
 def override(told: Sampling, conditional: bool, **given: Any) -> Sampling:
     """A run's own sampling with a command line's solver, steps, scale, interval and channels; None keeps its own."""
     given = {name: value for name, value in given.items() if value is not None}
@@ -171,6 +197,13 @@ def override(told: Sampling, conditional: bool, **given: Any) -> Sampling:
         )
     guided = {name: given.pop(name) for name in ("scale", "interval", "channels") if name in given}
     return dataclasses.replace(told, guidance=dataclasses.replace(told.guidance, **guided), **given)
+
+
+def random_labels(num: int, num_classes: int, key: random.Key) -> Tensor:
+    """Labels (num,) drawn uniformly, each a function of key and index alone; all 0 where there are no classes."""
+    # 53 bits of 64: what a remainder favours is less than 1e-12
+    lo, hi = random.bits(random.fold_in(key, "label"), (2,), torch.arange(num)).unbind(1)
+    return (lo + ((hi & 0x1FFFFF) << 32)) % max(1, num_classes)
 
 
 def spread_labels(num: int, num_classes: int) -> Tensor:

@@ -21,6 +21,7 @@ from odit import checkpoint, config, convert, data, diffusion, plan, tree
 from odit.checkpoint import Weights
 from odit.convert.files import CONFIG, WEIGHTS
 from odit.convert.latte import TEXT_LENGTH
+from odit.encoders import config as encoders
 from odit.health import CheckpointError
 from odit.models.config import SIZES, Config, Shape
 from odit.plan import Plan
@@ -127,6 +128,63 @@ def open_source(
     except ValueError as error:
         told = str(error)
         raise CheckpointError(told if str(path) in told else f"{setting} {path}: {told}") from None
+
+
+def encoders_of(found: Source, given: encoders.Config) -> encoders.Config:
+    """The encoders of the run that made the weights, with what a command line says of them, in the dtype in which they
+    served."""
+    run, shape = found.run, found.shape
+    told = {f.name: getattr(given, f.name) for f in dataclasses.fields(given) if getattr(given, f.name) != f.default}
+    made = dataclasses.replace(run.encoders, **told)
+    if made.text != "bytes" or made.vae != "none":
+        made = dataclasses.replace(made, precision=made.precision or run.precision)
+    return dataclasses.replace(made, text_length=shape.text_length or made.text_length)
+
+
+def check_encoders(found: Source, composed: Plan) -> None:
+    """Refuses encoders that the weights were not trained with, and says what is shown without an autoencoder."""
+    told = found.about.get("encoders")
+    if told is None:
+        _check_sizes(found, composed)
+    else:
+        _check_fingerprints(found, told, composed)
+    if draws_latents(found) and composed.front.vae is None and composed.mesh.rank == 0:
+        print("no --encoders.vae and --encoders.vae-path to decode with: the first channel of latents is shown")
+
+
+def draws_latents(found: Source) -> bool:
+    """Whether what the weights draw has to be decoded; a guess by the channels where nothing tells."""
+    told = found.about.get("encoders")
+    return found.shape.channels not in (1, 3) if told is None else "vae" in told
+
+
+def _check_fingerprints(found: Source, told: dict[str, str], composed: Plan) -> None:
+    """Refuses encoders that are not those of the run, by what it told of them."""
+    for name, given in composed.front.fingerprints.items():
+        if name not in told:
+            raise CheckpointError(
+                f"encoders.{name} is given but checkpoint {found.path} was trained without one: leave it out"
+            )
+        if given != told[name]:
+            raise CheckpointError(
+                f"encoders.{name}_path has the fingerprint {given} in {composed.run.encoders.precision}, checkpoint "
+                f"{found.path} was trained with {told[name]}: give that one, in the --encoders.precision it had"
+            )
+
+
+def _check_sizes(found: Source, composed: Plan) -> None:
+    """Refuses encoders of other widths than the model's, where no fingerprint tells which ones it had."""
+    front, shape = composed.front, found.shape
+    if front.vae is not None and front.vae.channels != shape.channels:
+        raise CheckpointError(
+            f"encoders.vae_path has latents of {front.vae.channels} channels, checkpoint {found.path} draws "
+            f"{shape.channels}: give the one that it was trained with"
+        )
+    if front.text is not None and front.text_size != (shape.text_length, shape.text_width):
+        raise CheckpointError(
+            f"encoders.text_path makes captions of {front.text_size[1]} channels, checkpoint {found.path} reads "
+            f"{shape.text_width}: give the one that it was trained with"
+        )
 
 
 def _own(path: Path, which: Which | None) -> Source:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PURE = {
     *("tree", "random", "param", "ops", "nn", "models", "diffusion", "optim", "data", "metrics", "convert", "config"),
-    *("compiling", "finetune", "encoders", "judge", "media", "remat", "graphs", "storage"),
+    *("compiling", "finetune", "encoders", "judge", "media", "remat", "graphs", "storage", "fidelity"),
 }
 BOTH_SIDES = {
     *("plan", "checks", "front", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"),

@@ -1,10 +1,11 @@
-"""The judge, the Frechet distance and nearest neighbours against slower or known answers."""
+"""The judge, halves of one set and nearest neighbours against slower or known answers."""
 
 import numpy
 import pytest
 import torch
 
 from odit import data, metrics, random
+from odit.fidelity import frechet
 
 KEY = random.key(11)
 
@@ -16,56 +17,12 @@ def gaussian(name: str, num: int, dim: int) -> torch.Tensor:
     return random.normal(random.fold_in(KEY, name), (num, dim)).double() @ mix + mean
 
 
-def frechet_by_sqrtm(mean_a, cov_a, mean_b, cov_b) -> float:
-    """The formula as it is written, with a general matrix square root."""
-    linalg = pytest.importorskip("scipy.linalg")
-    mean_a, cov_a, mean_b, cov_b = (t.numpy() for t in (mean_a, cov_a, mean_b, cov_b))
-    root = linalg.sqrtm(cov_a @ cov_b).real
-    return float(((mean_a - mean_b) ** 2).sum() + numpy.trace(cov_a + cov_b - 2 * root))
-
-
-@pytest.mark.parametrize("dim", [1, 2, 7, 32])
-def test_frechet_is_the_formula(dim):
-    a, b = metrics.moments(gaussian("a", 200, dim)), metrics.moments(gaussian("b", 150, dim))
-    expected = frechet_by_sqrtm(*a, *b)
-    # fp64; both take a square root of a matrix of norm about dim^2 and condition up to 1e6
-    assert abs(metrics.frechet(*a, *b) - expected) < 1e-8 * max(1, expected)
-    assert metrics.frechet(*a, *b) == pytest.approx(metrics.frechet(*b, *a), rel=1e-12)
-
-
-def test_frechet_of_diagonal_covariances():
-    a, b = torch.tensor([4.0, 9.0, 0.0]), torch.tensor([1.0, 16.0, 25.0])
-    mean_a, mean_b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 3.5])
-    # |mean|^2 + sum (sqrt a - sqrt b)^2
-    expected = 4.25 + (1 + 1 + 25)
-    assert metrics.frechet(mean_a, a.diag(), mean_b, b.diag()) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("num", [100, 5])  # 5 samples in 16 dims: a covariance of rank 4
-def test_frechet_of_equal_sets_is_zero(num):
-    a = metrics.moments(gaussian("a", num, 16))
-    assert 0 <= metrics.frechet(*a, *a) < 1e-12 * float(a[1].trace())
-
-
-def test_frechet_sees_a_shift_and_a_spread():
-    mean, cov = metrics.moments(gaussian("a", 100, 8))
-    assert metrics.frechet(mean, cov, mean + 0.5, cov) == pytest.approx(8 * 0.25, rel=1e-9)
-    assert metrics.frechet(mean, cov, mean, 4 * cov) == pytest.approx(float(cov.trace()), rel=1e-9)
-
-
-def test_moments_against_numpy():
-    x = gaussian("a", 40, 6)
-    mean, cov = metrics.moments(x.float())
-    numpy.testing.assert_allclose(mean, x.float().double().numpy().mean(0), rtol=1e-12)
-    numpy.testing.assert_allclose(cov, numpy.cov(x.float().double().numpy(), rowvar=False), rtol=1e-10)
-
-
 def test_halves_distance_is_that_of_two_disjoint_halves():
     x = gaussian("a", 400, 4)
     floor = metrics.halves_distance(x)
     assert floor == metrics.halves_distance(x) != metrics.halves_distance(x, KEY)
     # Equal distributions: of the order of tr(cov) * dim / N, far below the distance to another distribution
-    assert 0 < floor < 0.2 * float(metrics.moments(x)[1].trace())
+    assert 0 < floor < 0.2 * float(frechet.moments(x)[1].trace())
     # Halves by position would see this trend; keyed halves must not
     trend = torch.linspace(0, 10, 400, dtype=torch.float64)[:, None].expand(-1, 4) + 0.01 * x
     assert metrics.halves_distance(trend) < 1
@@ -106,13 +63,13 @@ def test_judge_knows_held_out_digits(judge, digits):
 def test_judge_features_tell_digits_from_noise_and_from_one_class(judge, digits):
     x, y, *_ = digits
     features = metrics.classify(judge, x)[1]
-    real = metrics.moments(features)
+    real = frechet.moments(features)
     floor = metrics.halves_distance(features)
     noise = metrics.classify(judge, random.normal(KEY, tuple(x.shape)).clamp(-1, 1))[1]
-    assert metrics.frechet(*metrics.moments(noise), *real) > 20 * floor
-    assert metrics.frechet(*metrics.moments(features[y == 3]), *real) > 20 * floor
+    assert frechet.distance(frechet.moments(noise), real) > 20 * floor
+    assert frechet.distance(frechet.moments(features[y == 3]), real) > 20 * floor
     # covariance of some hundred samples has full rank: no dead features
-    values = torch.linalg.eigvalsh(metrics.moments(features)[1])
+    values = torch.linalg.eigvalsh(frechet.moments(features)[1])
     assert values[0] > 1e-6 * values[-1]
 
 

@@ -96,6 +96,11 @@ class Vae:
         frames = [1 + (num - 1) // self.frame_factor for num in frames]
         return (self.channels, *frames, height // self.factor, width // self.factor)
 
+    def pixel_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """([T,] H, W) of what is decoded of latents of ``size``, the reverse of ``latent_shape``."""
+        *frames, height, width = size
+        return (*(1 + (num - 1) * self.frame_factor for num in frames), height * self.factor, width * self.factor)
+
     def _in_its_shape(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Runs the module on what it takes: chunks of pictures for "kl", single clips (a picture has one frame) for
         others, whose memory is that of all frames at once."""
