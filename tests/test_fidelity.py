@@ -148,6 +148,7 @@ class Given(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Metric `InceptionScore` will save")
+@pytest.mark.filterwarnings("ignore:std")  # of its score over one part
 def test_distance_and_score_of_torchmetrics_on_the_same_features():
     real, drawn = (gaussian(name, 200, Given.num_features) for name in "ab")
     public = FrechetInceptionDistance(feature=Given(torch.cat((real, drawn))), input_img_size=(3, 2, 2))

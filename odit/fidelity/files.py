@@ -84,7 +84,7 @@ class Npz:
         rows = [numpy.frombuffer(self._row(i), numpy.uint8) for i in ids_B.tolist()]
         return torch.from_numpy(numpy.stack(rows)).reshape(-1, *self.size, 3)
 
-    def _row(self, i: int) -> bytes:
+    def _row(self, i: int) -> bytes | memoryview:
         start = self.start + i * self.row
         try:
             if self.mapped is not None:
