@@ -6,6 +6,7 @@ import json
 
 import numpy
 import pytest
+import tiny as makers
 import torch
 from conftest import redraw, script
 from PIL import Image
@@ -13,6 +14,8 @@ from test_ranks_inference import torchrun
 
 from odit import checkpoint, config, data, evaluate, fidelity, media, models, plan, random, sample
 from odit.data import DataError
+from odit.encoders import config as encoders
+from odit.encoders import vae as vaes
 from odit.fidelity import files, frechet
 from odit.models import dit
 from odit.models.config import Shape
@@ -216,6 +219,38 @@ def test_clips_are_measured(tmp_path, tiny_networks):
     assert found["fvd_20"] > 0 and "fid_20" not in found
     with numpy.load(tmp_path / "clips.npz") as held:
         assert held["arr_0"].shape == (20, 2, 8, 8, 3) and held["arr_1"].tolist() == [0, 1, 2, 3] * 5
+
+
+def test_latents_are_decoded_and_the_result_names_the_autoencoder(tmp_path, tiny_networks, reference):
+    folder = makers.kl(tmp_path / "vae")
+    own = encoders.Config(vae="kl", vae_path=str(folder))
+    fingerprint = vaes.load("kl", str(folder), torch.float32).fingerprint
+    run = dataclasses.replace(RUN, data=data.Config(source="latents", path=tmp_path / "gone"))
+    weights = weights_of(tmp_path, run, Shape(4, 4, 3), data="told", encoders={"vae": fingerprint})
+    given = dict(checkpoint=weights, reference=reference, inception=reference, num=20, batch=10, steps=1)
+    with pytest.raises(ValueError, match=r"give --encoders.vae and --encoders.vae-path"):
+        evaluated(**given)
+    evaluated(**given, encoders=own, out=tmp_path / "a.json", samples_out=tmp_path / "a.npz")
+    assert json.loads((tmp_path / "a.json").read_text())["vae"] == fingerprint
+    assert files.open_pictures(tmp_path / "a.npz", "samples").size == (8, 8)  # of latents of 4 x 4, factor 2
+
+
+def test_captions_are_drawn_from_a_file(tmp_path, tiny_networks, reference):
+    run = dataclasses.replace(config.presets()["digits-text"][1], sampling=config.Sampling(steps=1), evaluate=False)
+    front = plan.load_front(run)
+    composed = plan.make(run, data.open_dataset(run.data, front.tokenize), front=front)
+    weights = weights_of(tmp_path, run, composed.shape, data="told", encoders={})
+    given = dict(checkpoint=weights, reference=reference, inception=reference, num=20, batch=20)
+    with pytest.raises(ValueError, match=r"draws by captions: give --prompts"):
+        evaluated(**given)
+    (tmp_path / "p.txt").write_text("a seven\n\nan eight\n")
+    evaluated(**given, prompts=tmp_path / "p.txt", out=tmp_path / "a.json", samples_out=tmp_path / "a.npz")
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["labels"] is None and found["prompts"].endswith("p.txt")
+    conditions = composed.tokenize(["a seven", "an eight"] * 10)
+    loaded = checkpoint.load_weights(weights, composed)
+    expected = evaluate.drawn_pictures(composed, loaded, conditions, 0)(torch.arange(20))
+    assert torch.equal(files.open_pictures(tmp_path / "a.npz", "samples").read(torch.arange(20)), expected)
 
 
 WRONG = [

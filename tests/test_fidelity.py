@@ -15,7 +15,7 @@ from scipy import linalg
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-from odit import fidelity, random, tree
+from odit import fidelity, media, random
 from odit.data import DataError
 from odit.fidelity import files, frechet, i3d, inception, manifold
 from odit.fidelity.frechet import Moments
@@ -440,6 +440,21 @@ def test_folders_are_cropped_or_of_one_size(tmp_path):
         files.open_reference(tmp_path, "reference", (4, 4)).pictures.read(torch.tensor([4]))
 
 
+def test_folders_of_films_give_their_first_frames(tmp_path):
+    still = torch.linspace(-0.8, 0.8, 6)[:, None, None, None].expand(6, 3, 32, 32)  # a grey level a frame
+    for i in range(3):
+        media.save_mp4(tmp_path / f"{i}.mp4", still.roll(i, 0), 8, {})
+    found = files.open_reference(tmp_path, "reference", (2, 16, 16), interval=3)
+    assert found.about["num"] == 3 and found.pictures.size == (2, 16, 16)
+    clips = found.pictures.read(torch.tensor([1, 0]))
+    assert clips.shape == (2, 2, 16, 16, 3) and clips.dtype == torch.uint8
+    levels = media.pixels(still)[:, 0, 0, 0].float()
+    expected = torch.stack((levels.roll(1)[[0, 3]], levels[[0, 3]]))
+    assert (clips.float().mean((2, 3, 4)) - expected).abs().max() < 6  # H.264 in limited range
+    with pytest.raises(DataError, match=r"holds no films"):
+        files.Films(tmp_path / "none", (2, 8, 8), 1)
+
+
 # --------------------------------------------------------------------------------------------------- clips, and figures
 
 
@@ -514,7 +529,7 @@ def test_figures_are_those_that_the_sets_allow():
 
 def test_a_networks_precision_is_full(weights):
     """A run that lets matrix products be rounded changes no feature."""
-    params = tree.map(lambda w: w, inception.load(weights, CPU))
+    params = inception.load(weights, CPU)
     x = pixels("pictures", 1, 32, 32, 3)
     expected = inception.features(params, x)["pool"]
     before = torch.get_float32_matmul_precision()
@@ -539,3 +554,22 @@ def test_settings_of_a_run_that_measures_nothing_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             fidelity.check(dataclasses.replace(good, **changes))
+
+
+@pytest.mark.gpu
+def test_a_gpu_sees_what_a_cpu_sees(weights):
+    """In TF32 features would differ in the third digit; moments and distances are in fp64 on either."""
+    x, y = pixels("pictures", 24, 64, 64, 3), pixels("others", 24, 64, 64, 3) // 2
+    found = []
+    for device in (CPU, torch.device("cuda")):
+        network = fidelity.load_inception(weights, device)
+        sets = []
+        for pictures in (x, y):
+            rows = network.features(pictures)
+            moments = {name: frechet.moments(r) for name, r in rows.items()}
+            sets.append(fidelity.Features(24, moments, rows["pool"].cpu()))
+        found.append((sets, fidelity.compare(*sets, network)))
+    (on_cpu, figures), (on_gpu, same) = found
+    for a, b in zip(on_cpu, on_gpu):
+        assert (a.pool_ND - b.pool_ND).norm() < 1e-5 * a.pool_ND.norm()
+    assert same == pytest.approx(figures, rel=1e-3)
