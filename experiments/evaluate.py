@@ -240,7 +240,8 @@ def finish(args, network, samples, reference, axis, mesh: Mesh, device: torch.de
     if mesh.rank > 0:
         return
     if args.out:
-        about = {"num": samples.num, **told, "reference": reference.about, "network": network.about}
+        seen_as = {"interval": args.interval} if network.clips else {}
+        about = {"num": samples.num, **told, "reference": {**reference.about, **seen_as}, "network": network.about}
         record.write_json(args.out, {**found, **about, "versions": record.about()})
     print(fidelity.report(found))
 

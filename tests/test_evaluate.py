@@ -12,7 +12,7 @@ from conftest import redraw, script
 from PIL import Image
 from test_ranks_inference import torchrun
 
-from odit import checkpoint, config, data, evaluate, fidelity, media, models, plan, random, sample
+from odit import checkpoint, config, data, evaluate, fidelity, judge, media, metrics, models, plan, random, sample
 from odit.data import DataError
 from odit.encoders import config as encoders
 from odit.encoders import vae as vaes
@@ -57,13 +57,13 @@ def real_pictures(num=25):
 
 
 @functools.lru_cache
-def digits():
+def opened():
     return data.open_dataset(RUN.data)
 
 
 def measured_on(mesh):
     """Figures, pictures as they were written, and how many each call was of, all of digits that the model draws."""
-    composed = plan.make(RUN, digits(), mesh)
+    composed = plan.make(RUN, opened(), mesh)
     params = redraw(composed.declared, dtype=torch.float32)
     labels = sample.random_labels(NUM, 10, KEY)
     drawn, calls, written = evaluate.drawn_pictures(composed, params, labels, 3), [], []
@@ -111,7 +111,7 @@ def test_figures_are_those_of_all_pictures_at_once(on_one_rank):
 
 
 def test_pictures_are_those_that_sample_draws():
-    composed = plan.make(RUN, digits())
+    composed = plan.make(RUN, opened())
     params = redraw(composed.declared, dtype=torch.float32)
     labels = sample.spread_labels(6, 10)
     found = evaluate.drawn_pictures(composed, params, labels, 3)(torch.arange(6))
@@ -136,6 +136,22 @@ def test_statistics_of_a_larger_set_go_before_pictures(tmp_path):
     found = evaluate.look_at_reference(tiny_network(), opened, single().all, CPU)
     assert torch.equal(found.moments["pool"].cov_DD, told["pool"].cov_DD) and len(found.pool_ND) == 25
     assert found.moments["spatial"].cov_DD.shape == (8, 8)
+
+
+def test_digits_are_compared_by_the_same_code(monkeypatch, digits):
+    x, y, x_held, y_held = (part[:96] for part in digits_of(digits))
+    small = metrics.train_judge(x, y, x_held, y_held, 10, KEY, epochs=1)
+    monkeypatch.setattr(judge, "train", lambda dataset: small)
+    expected = [frechet.moments(metrics.classify(small, part)[1]) for part in (x, digits.read(digits.train_ids)[0])]
+    value = frechet.distance(*expected)
+    assert judge.judge_digits(x, y, digits)["frechet"] == value > 0
+    monkeypatch.setattr(frechet, "distance", lambda a, b: -1.0)
+    found = judge.judge_digits(x, y, digits)
+    assert found["frechet"] == found["frechet_floor"] == -1
+
+
+def digits_of(dataset):
+    return (*dataset.read(dataset.train_ids), *dataset.read(dataset.held_out_ids))
 
 
 # -------------------------------------------------------------------------------------------------------------- scripts
@@ -262,6 +278,7 @@ WRONG = [
     (dict(i3d="x.pt"), ValueError, "inception and i3d are given"),
     (dict(inception=None, i3d="x.pt"), ValueError, "i3d is given but the samples are pictures: give --inception"),
     (dict(num=40), ValueError, "holds 25, and 40 are to be compared: use --num 25 or less"),
+    (dict(reference="empty"), DataError, r"reference .*empty' holds no pictures"),
     (dict(reference="gone.npz"), DataError, "reference .*gone.npz does not exist"),
     (dict(samples=None, checkpoint="weights", reference=None, inception=None), ValueError, "only digits have a judge"),
     (dict(samples=None, checkpoint="weights"), ValueError, "draws latents, of which no picture is shown"),
@@ -283,6 +300,7 @@ def test_wrong_settings_are_refused(tmp_path, tiny_networks, reference):
         (tmp_path / name).mkdir()
         weights_of(tmp_path / name, run, shape, data="told").rename(tmp_path / f"{name}.safetensors")
     given = dict(samples=reference, reference=reference, inception="w.pth")
+    (tmp_path / "empty").mkdir()
     for changes, error, message in WRONG:
         told = {
             name: tmp_path / (f"{value}.safetensors" if name == "checkpoint" else value)
@@ -326,7 +344,7 @@ def test_a_run_measures_itself(tiny, tiny_networks, reference, monkeypatch):
 
 def test_runs_by_captions_do_not_measure_themselves(tiny, tmp_path):
     measuring = fidelity.Config(every=2, reference=tmp_path, inception=tmp_path)
-    composed = plan.make(dataclasses.replace(tiny, evaluation=measuring), digits())
+    composed = plan.make(dataclasses.replace(tiny, evaluation=measuring), opened())
     for shape, what in ((Shape(1, 8, 0, 1, 8, 0), "by captions"), (Shape(1, (2, 8, 8), 3), "clips")):
         with pytest.raises(ValueError, match=f"this run draws {what}: leave it out"):
             evaluate.during_training(dataclasses.replace(composed, shape=shape))

@@ -139,7 +139,8 @@ class Films:
         self.paths = sorted(file for file in path.rglob("*") if clips.is_clip(file.name))
         self.size, self.interval, self.decoder = size, interval, clips.Decoder()
         if not self.paths:
-            raise DataError(f"{path} holds no films ({' '.join(clips.EXTENSIONS)}): give a folder of them, or an .npz")
+            suffixes = " ".join(clips.EXTENSIONS)
+            raise DataError(f"data.path {str(path)!r} holds no films ({suffixes}): give a folder of them, or an .npz")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -168,9 +169,11 @@ def open_pictures(path: Path, setting: str, size: tuple[int, ...] | None = None,
 def open_reference(path: Path, setting: str, size: tuple[int, ...] | None = None, interval: int = 1) -> Reference:
     """Opens what samples are compared with; raises DataError as ``open_pictures`` does."""
     if path.is_dir():
-        clip = size is not None and len(size) == 3
-        pictures = Films(path, size, interval) if clip and size else Folder(path, size)
-        return Reference({"folder": str(path), "num": len(pictures)}, pictures, {})
+        try:
+            pictures = Films(path, size, interval) if size and len(size) == 3 else Folder(path, size)
+        except DataError as error:
+            raise DataError(str(error).replace("data.path", setting, 1)) from None
+        return Reference({"folder": str(path), "num": len(pictures), "names": _names(pictures.paths)}, pictures, {})
     if not path.is_file():
         raise DataError(f"{setting} {path} does not exist: give an .npz of ADM's form, or a folder")
     try:
@@ -253,6 +256,14 @@ def _moments(path: Path, mean: numpy.ndarray, cov: numpy.ndarray) -> Moments:
     if not all(bool(t.isfinite().all()) for t in found):
         raise DataError(f"{path} has statistics that are not finite")
     return found
+
+
+def _names(paths: list[Path]) -> str:
+    """A hash of names and sizes of files: one stat a file."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(os.fsencode(path.name) + b"\0" + str(path.stat().st_size).encode() + b"\0")
+    return digest.hexdigest()
 
 
 def _told(path: Path, read: Callable[[], Any]) -> Any:
