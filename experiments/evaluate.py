@@ -91,6 +91,17 @@ class Evaluate:
     """Writes the reference's statistics to this .npz, which serves as --reference from then on."""
 
 
+ANY = {"num", "out", "device"}
+DRAWING = {"checkpoint", "seed", "solver", "steps", "guidance", "weights", "cfg", "sp", "sequence", "foreign"}
+COMPARING = {"reference", "inception", "i3d", "resize", "batch", "interval", "statistics_out"}
+USED = {
+    "--checkpoint": ANY | DRAWING | {"data"},
+    "--reference": ANY | DRAWING | COMPARING | {"labels", "prompts", "precision", "encoders", "samples_out"},
+    "--samples": ANY | COMPARING | {"samples"},
+}
+NAMES = {"--checkpoint": "the judge of digits", "--reference": "a comparison", "--samples": "a comparison of files"}
+
+
 def main(args: Evaluate) -> None:
     """Joins the other ranks, loads, draws and judges or measures; with a judge the class accuracy comes last."""
     check(args)
@@ -126,12 +137,11 @@ def check(args: Evaluate) -> None:
         raise ValueError(f"{told}: give --checkpoint to draw samples, or --samples where they are there")
     if args.samples is not None and args.reference is None:
         raise ValueError("samples is given but reference is not: give --reference, what to compare them with")
-    if args.samples is not None and args.samples_out is not None:
-        raise ValueError("samples_out is given but nothing is drawn, as samples is given too: leave it out")
-    if args.reference is None:
-        for name in ("inception", "i3d", "prompts", "samples_out", "statistics_out"):
-            if getattr(args, name) is not None:
-                raise ValueError(f"{name} is given but reference is not: give --reference, or leave {name} out")
+    mode = "--samples" if args.samples is not None else "--checkpoint" if args.reference is None else "--reference"
+    for name in (f.name for f in dataclasses.fields(args)):
+        if name not in USED[mode] and getattr(args, name) != getattr(Evaluate(), name):
+            fix = "give --reference, or leave it out" if mode == "--checkpoint" else "leave it out"
+            raise ValueError(f"{name} is given, which {NAMES[mode]} has no use for: {fix}")
     if args.inception is not None and args.i3d is not None:
         raise ValueError("inception and i3d are given: give --inception for pictures, --i3d for clips")
 
@@ -164,6 +174,7 @@ def judge(args: Evaluate, opened: Source, run: config.Run, rank: int, world: int
 
 def measure_model(args: Evaluate, opened: Source, rank: int, world: int) -> None:
     """Draws pictures or clips and compares them with the reference."""
+    assert args.reference is not None  # else there is a judge
     run, num = opened.run, args.num or fidelity.USUAL
     run = dataclasses.replace(
         run,

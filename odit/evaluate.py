@@ -11,7 +11,7 @@ from torch import Tensor
 
 from odit import fidelity, judge, media, random, sample, tree
 from odit.config import Sampling
-from odit.data import Dataset
+from odit.data import DataError, Dataset
 from odit.fidelity import files, frechet
 from odit.parallel import collectives
 from odit.parallel.mesh import Axis
@@ -166,6 +166,8 @@ def look_at_reference(
     if reference.pictures is None:
         return fidelity.Features(0, reference.moments)
     pictures = reference.pictures
+    if len(pictures) < fidelity.LEAST:
+        raise DataError(f"the reference holds {len(pictures)} pictures or clips: give {fidelity.LEAST} or more")
     keep = network.logits is not None
     found = look(network, pictures.read, len(pictures), axis, device, batch=batch, keep=keep, progress=progress)
     return fidelity.Features(found.num, found.moments | reference.moments, found.pool_ND)

@@ -273,7 +273,11 @@ WRONG = [
     (dict(samples=None), ValueError, "neither checkpoint nor samples is given: give --checkpoint to draw"),
     (dict(checkpoint="weights"), ValueError, "checkpoint and samples are given"),
     (dict(reference=None), ValueError, "samples is given but reference is not"),
-    (dict(samples_out="x.npz"), ValueError, "samples_out is given but nothing is drawn"),
+    (dict(samples_out="x.npz"), ValueError, "samples_out is given, which a comparison of files has no use for: leave"),
+    (dict(guidance=2.0), ValueError, "guidance is given, which a comparison of files has no use for"),
+    (dict(samples=None, checkpoint="digits", data="digits"), ValueError, "data is given, which a comparison has no"),
+    (dict(reference="clips.npz"), DataError, r"clips.npz holds clips of 2 frames, .* compared with pictures"),
+    (dict(reference="few.npz"), DataError, "the reference holds 5 pictures or clips: give 20 or more"),
     (dict(batch=0), ValueError, "batch is 0: use 1 or more"),
     (dict(i3d="x.pt"), ValueError, "inception and i3d are given"),
     (dict(inception=None, i3d="x.pt"), ValueError, "i3d is given but the samples are pictures: give --inception"),
@@ -281,13 +285,18 @@ WRONG = [
     (dict(reference="empty"), DataError, r"reference .*empty' holds no pictures"),
     (dict(reference="gone.npz"), DataError, "reference .*gone.npz does not exist"),
     (dict(samples=None, checkpoint="weights", reference=None, inception=None), ValueError, "only digits have a judge"),
+    (
+        dict(samples=None, checkpoint="digits", reference=None, inception=None, labels="balanced"),
+        ValueError,
+        "labels is",
+    ),
     (dict(samples=None, checkpoint="weights"), ValueError, "draws latents, of which no picture is shown"),
     (dict(samples=None, checkpoint="weights", prompts="p.txt"), ValueError, "draws latents"),
     (dict(samples=None, checkpoint="digits", prompts="p.txt"), ValueError, "prompts is given but this model has no"),
     (
         dict(samples=None, checkpoint="digits", reference=None, num=20),
         ValueError,
-        "inception is given but reference is",
+        "inception is given, which the judge of digits has no use for: give --reference",
     ),
 ]
 
@@ -301,6 +310,8 @@ def test_wrong_settings_are_refused(tmp_path, tiny_networks, reference):
         weights_of(tmp_path / name, run, shape, data="told").rename(tmp_path / f"{name}.safetensors")
     given = dict(samples=reference, reference=reference, inception="w.pth")
     (tmp_path / "empty").mkdir()
+    numpy.savez(tmp_path / "clips.npz", torch.stack([real_pictures(), real_pictures()], 1).numpy())
+    numpy.savez(tmp_path / "few.npz", real_pictures(5).numpy())
     for changes, error, message in WRONG:
         told = {
             name: tmp_path / (f"{value}.safetensors" if name == "checkpoint" else value)

@@ -158,7 +158,7 @@ def open_pictures(path: Path, setting: str, size: tuple[int, ...] | None = None,
     """Opens an .npz or a folder; raises DataError, which calls it ``setting``, for what holds no pictures.
 
     Args:
-        size: (H, W) that pictures of a folder are brought to, or (T, H, W) of clips; an .npz keeps its own.
+        size: (H, W) that pictures of a folder are brought to, or (T, H, W) of clips; an .npz keeps its own H and W.
     """
     found = open_reference(path, setting, size, interval).pictures
     if found is None:
@@ -189,6 +189,9 @@ def open_reference(path: Path, setting: str, size: tuple[int, ...] | None = None
         raise
     except Exception as error:  # zipfile and numpy raise nearly anything on damaged data
         raise DataError(f"{setting} {path} is no .npz, or is damaged ({error}): give one of ADM's form") from None
+    if pictures is not None and size is not None and pictures.size[:-2] != size[:-2]:
+        theirs, ours = (f"clips of {s[0]} frames" if len(s) == 3 else "pictures" for s in (pictures.size, size))
+        raise DataError(f"{setting} {path} holds {theirs}, and they are to be compared with {ours}: give the same kind")
     if pictures is None and not moments:
         raise DataError(f"{setting} {path} holds {sorted(names)}: it should hold arr_0, or mu and sigma, or both")
     return Reference({**identity(path), "num": None if pictures is None else len(pictures)}, pictures, moments)
