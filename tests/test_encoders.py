@@ -466,6 +466,7 @@ def test_sizes_that_are_served_come_back(kind, vaes):
     for shape in [(3, 1, 8, 8), (3, 1 + step, 8, 4), (3, 1 + 3 * step, 4, 8)]:
         z, _ = v.moments(v.frozen.weights, torch.zeros(1, *shape))
         assert z.shape[1:] == v.latent_shape(shape)
+        assert v.pixel_size(z.shape[2:]) == shape[1:]
         assert v.decode(v.frozen.weights, z).shape[1:] == shape
 
 

@@ -108,6 +108,10 @@ def test_figures_are_those_of_all_pictures_at_once(on_one_rank):
     expected = frechet.distance(frechet.moments(rows["pool"]), frechet.moments(real["pool"]))
     assert figures["fid_29"] == pytest.approx(expected, rel=1e-5)  # fp32 features of calls of four
     assert len(pictures) == NUM and pictures.float().std() > 1
+    composed = plan.make(RUN, opened())
+    params, labels = redraw(composed.declared, dtype=torch.float32), sample.random_labels(NUM, 10, KEY)
+    places = torch.tensor([9, 0, 28, 17])
+    assert torch.equal(evaluate.drawn_pictures(composed, params, labels, 3)(places), pictures[places])  # in order
 
 
 def test_pictures_are_those_that_sample_draws():
