@@ -100,6 +100,15 @@ def test_pictures_and_figures_do_not_depend_on_ranks(ranks, on_one_rank, world):
     assert len({len(rank) for rank in calls}) == 1 and len(calls[0]) == -(-NUM // (BATCH * world))
 
 
+def test_two_ranks_that_draw_one_picture_count_it_once(ranks, on_one_rank):
+    figures, written, calls, _ = zip(*ranks.run(4, measured_on, cfg=2))
+    expected, pictures, _, _ = on_one_rank
+    assert all(f == figures[0] for f in figures) and sorted(figures[0]) == sorted(expected)
+    assert written[1:] == (None,) * 3 and written[0].shape == pictures.shape
+    assert (written[0].int() - pictures.int()).abs().max() <= 1  # halves of guidance are products of fewer rows
+    assert calls[0] == calls[1] != calls[2] == calls[3]
+
+
 def test_figures_are_those_of_all_pictures_at_once(on_one_rank):
     figures, pictures, _, pool = on_one_rank
     network = tiny_network()
