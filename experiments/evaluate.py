@@ -70,7 +70,8 @@ class Evaluate:
     inception: Path | None = None
     """Weights of the feature network for pictures, pt_inception-2015-12-05-6726825d.pth."""
     i3d: Path | None = None
-    """TorchScript file of the feature network for clips, such as i3d_torchscript.pt; code in it is run, so trust it."""
+    """TorchScript file of the feature network for clips, (B, 3, T, H, W) of 0 to 255, such as i3d_torchscript.pt; its
+    code is run, so take it from where you trust."""
     resize: fidelity.Resize = "tensorflow"
     """How pictures come to the network's size: as TensorFlow's graph and ADM do it, or as pytorch-fid does (torch)."""
     labels: Literal["uniform", "balanced"] = "uniform"
@@ -252,7 +253,13 @@ def finish(args, network, samples, reference, axis, mesh: Mesh, device: torch.de
         return
     if args.out:
         seen_as = {"interval": args.interval} if network.clips else {}
-        about = {"num": samples.num, **told, "reference": {**reference.about, **seen_as}, "network": network.about}
+        about = {
+            "num": samples.num,
+            "batch": args.batch,
+            **told,
+            "reference": {**reference.about, **seen_as},
+            "network": network.about,
+        }
         record.write_json(args.out, {**found, **about, "versions": record.about()})
     print(fidelity.report(found))
 

@@ -204,7 +204,7 @@ def during_training(plan: Plan) -> Callable[[tree.Tree], dict[str, float]] | Non
         )
     assert cfg.reference is not None  # checks saw to it
     axis, device = plan.mesh.pictures, plan.device
-    network = fidelity.load_inception(cfg.inception, device)
+    network = fidelity.load_inception(cfg.inception, device, setting="--evaluation.inception")
     opened = files.open_reference(cfg.reference, "evaluation.reference", plan.front.pixel_size(plan.shape.size))
     reference = look_at_reference(network, opened, axis, device, cfg.batch)
     labels = sample.spread_labels(cfg.num, plan.shape.num_classes)

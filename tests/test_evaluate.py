@@ -173,7 +173,7 @@ def digits_of(dataset):
 @pytest.fixture
 def tiny_networks(monkeypatch):
     """Both loaders give tiny networks, whatever the file."""
-    monkeypatch.setattr(fidelity, "load_inception", lambda path, device, resize="tensorflow": tiny_network())
+    monkeypatch.setattr(fidelity, "load_inception", lambda path, device, *_, **__: tiny_network())
     monkeypatch.setattr(fidelity, "load_i3d", lambda path, device: tiny_network(clips=True))
 
 
@@ -364,6 +364,12 @@ def test_a_run_measures_itself(tiny, tiny_networks, reference, monkeypatch):
     )  # fmt: skip
     again = json.loads((run.out / "a.json").read_text())
     assert again["fid_20"] == pytest.approx(found[3]["evaluation_fid_20"], rel=1e-12)
+
+
+def test_a_run_without_a_network_says_what_to_fetch(tiny, reference, tmp_path):
+    measuring = fidelity.Config(every=2, reference=reference, inception=tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w.pth is no file: fetch https://.* its path by --evaluation.inception"):
+        train_script.main(dataclasses.replace(tiny, evaluation=measuring))
 
 
 def test_runs_by_captions_do_not_measure_themselves(tiny, tmp_path):

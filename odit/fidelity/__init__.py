@@ -82,9 +82,11 @@ def check(cfg: Config) -> None:
             )
 
 
-def load_inception(path: Path | None, device: torch.device, resize: Resize = "tensorflow") -> Network:
-    """Loads the field's Inception; raises ValueError for what is no such file."""
-    params = inception.load(path, device)
+def load_inception(
+    path: Path | None, device: torch.device, resize: Resize = "tensorflow", setting: str = "--inception"
+) -> Network:
+    """Loads the field's Inception; raises ValueError, which names the setting, for what is no such file."""
+    params = inception.load(path, device, setting)
     about = {"name": "inception-2015-12-05", **files.identity(Path(path or "")), "resize": resize}
     return Network(
         "inception",

@@ -13,6 +13,7 @@ branch of the last block takes the maximum.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -104,11 +105,11 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return found
 
 
-def load(path: Path | None, device: torch.device) -> tree.Tree:
+def load(path: Path | None, device: torch.device, setting: str = "--inception") -> tree.Tree:
     """Reads weights as tensors alone, no code in the file being run; raises ValueError in one sentence."""
     if path is None or not path.is_file():
         found = "is not given" if path is None else f"{path} is no file"
-        raise ValueError(f"inception {found}: fetch {FETCH} and give its path by --inception")
+        raise ValueError(f"inception {found}: fetch {FETCH} and give its path by {setting}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # the file is of torch 1.5 or older: no zip
     except Exception as error:  # a broken or hostile file may raise nearly anything
@@ -203,7 +204,7 @@ def score(logits_NV: Tensor, split: int = SPLIT) -> float:
     parts = []
     for part in logits_NV.double().split(split):
         log_p = part.log_softmax(1)
-        log_mean = log_p.logsumexp(0) - torch.tensor(float(len(part)), dtype=torch.float64).log()
+        log_mean = log_p.logsumexp(0) - math.log(len(part))
         parts.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp())
     return float(torch.stack(parts).mean())
 
