@@ -50,8 +50,9 @@ def sampler(plan: Plan, params: tree.Tree) -> Callable[..., Tensor]:
 def drawer(plan: Plan, params: tree.Tree) -> Callable[..., Callable[[Tensor], Tensor]]:
     """What a sampler draws by, for whoever shares pictures out over ranks in another way; the weights must stay.
 
-    ``at(conditions_N, key, *, sampling=None, start=0, progress=None)`` gives a function from places int64 (B,) among the
-    conditions to the pictures there. It may run collectives: all ranks call it equally often, for equally many places.
+    ``at(conditions_N, key, *, sampling=None, start=0, progress=None)`` gives a function from places int64 (B,) among
+    the conditions to the pictures there. It may run collectives: all ranks call it equally often, for equally many
+    places.
 
         conditions_N: labels int64, or captions as ``plan.tokenize`` makes them; picture ``start + n`` shows number n.
             The null label, or the empty caption, gives unconditional pictures.
