@@ -39,7 +39,7 @@ class Parallel:
     """Dtype in which gradients are summed over ranks."""
     remat: Literal["none", "block", "selective"] = "none"
     """Activations computed again in backward instead of kept: block keeps a block's input alone, selective also what
-    attention gives and the products that come back to the width."""
+    attention gives and the products with weights."""
     offload: Literal["none", "optimizer", "auto"] = "none"
     """State kept in host memory."""
     memory_gib: float | None = None
