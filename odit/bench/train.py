@@ -18,7 +18,7 @@ from odit.bench.common import clear_peaks, device_name, now, peak, preset
 from odit.data import loader
 
 KERNELS = ("reference", "auto", "fused")
-MORE = ("compile", "nographs")
+MORE = ("compile", "nographs", "any")
 REMATS = ("block", "selective")
 
 
@@ -33,7 +33,8 @@ class Train:
     micro_batch: int | None = None
     """Samples a forward pass."""
     ways: tuple[str, ...] = ("reference+nographs", "reference+compile", "fused", "fused+compile")
-    """Kernels (reference, auto, fused), with +compile, +nographs, and +block or +selective for what is recomputed."""
+    """Kernels (reference, auto, fused), with +compile, +nographs, +any for sums in any order (--no-deterministic), and
+    +block or +selective for what is recomputed."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Dtype of matrix products."""
     steps: int = 10
@@ -65,7 +66,9 @@ def run_of(cfg: Train, way: str) -> config.Run:
     kernels, *more = way.split("+")
     known = {*REMATS, *MORE}
     if kernels not in KERNELS or not known.issuperset(more):
-        raise ValueError(f"ways has {way!r}: use {', '.join(KERNELS)}, with +compile, +nographs, +block or +selective")
+        raise ValueError(
+            f"ways has {way!r}: use {', '.join(KERNELS)}, with +compile, +nographs, +any, +block or +selective"
+        )
     remat = next((word for word in more if word in REMATS), "none")
     run = preset(cfg.preset)
     return dataclasses.replace(
@@ -76,6 +79,7 @@ def run_of(cfg: Train, way: str) -> config.Run:
         kernels=kernels,
         compile="compile" in more,
         graphs="nographs" not in more,
+        deterministic="any" not in more,
         device=cfg.device,
         steps=1 + cfg.warmup + cfg.steps,
         evaluate=False,
