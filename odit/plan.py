@@ -108,6 +108,8 @@ class Plan:
             return f"{self.mesh.world} ranks talk to each other in it"
         if self.home != self.device:
             return "weights are in host memory"
+        if self.layout.stage > 0:
+            return f"parallel.zero {self.layout.stage} gathers weights in it"
         if self.dtype == torch.float16:
             return "the loss scale of fp16 changes"
         return "a frozen text encoder runs in it" if self.front.text is not None else None

@@ -52,7 +52,7 @@ def parts_of(composed, dtype=torch.float32):
 
 def drawn_state(composed):
     """A first state with re-drawn weights; all else as ``init_state`` makes it."""
-    params = parts_of(composed)
+    params = tree.map(lambda p: p.to(composed.home), parts_of(composed))
     return train.init_state(composed, KEY)._replace(params=params, ema=tree.map(torch.clone, params))
 
 

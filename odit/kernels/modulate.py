@@ -36,8 +36,8 @@ from odit.kernels.rows import (
     write_sum,
 )
 
-FORWARD = Tuning(warps_a_row=1, programs=16 * SMS, stages=1, resident=False)
-BACKWARD = Tuning(warps_a_row=2, programs=3 * SMS, stages=3, resident=True)
+FORWARD = Tuning(warps_a_row=1, programs=16 * SMS, stages=2, resident=False)
+BACKWARD = Tuning(warps_a_row=2, programs=2 * SMS, stages=4, resident=True)
 
 
 @triton.jit
