@@ -37,7 +37,7 @@ from odit.kernels.rows import (
 )
 
 FORWARD = Tuning(warps_a_row=1, programs=16 * SMS, stages=2, resident=False)
-BACKWARD = Tuning(warps_a_row=2, programs=2 * SMS, stages=4, resident=True)
+BACKWARD = Tuning(warps_a_row=2, programs=3 * SMS, stages=3, resident=True)
 
 
 @triton.jit
