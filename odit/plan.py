@@ -266,6 +266,8 @@ def _kernels(run: Run, shape: Shape, device: torch.device, strategy: str) -> tup
     if run.kernels == "reference":
         return Ops(), "kernels: reference"
     if run.kernels == "auto" and (why := fused_obstacle(device)):
+        if on_gpu and run.deterministic:
+            raise ValueError(f"deterministic needs fused kernels on a GPU, which cannot run here ({why}): leave it out")
         if on_gpu:
             return flash(), f"kernels: PyTorch's attention, the rest reference (auto; no fused ones: {why})"
         return Ops(), f"kernels: reference (auto; no fused ones: {why})"
@@ -273,6 +275,11 @@ def _kernels(run: Run, shape: Shape, device: torch.device, strategy: str) -> tup
     frames = models.of(cfg).time_space(cfg, shape.size)
     length = models.num_tokens(cfg, shape.size) // frames
     plain = strategy not in ("ring", "usp")  # these merge parts of attention by their log-sum-exp
+    if run.deterministic and on_gpu and not plain:
+        raise ValueError(
+            f"deterministic is given, and parallel.sequence {strategy} merges parts of attention by a kernel that does "
+            "not repeat bit for bit: use fastseq, ulysses or megatron, or leave deterministic out"
+        )
     found = attention.choose(device, DTYPES[run.precision], cfg.head_size, length, plain, run.deterministic)
     ops = fused(flash() if on_gpu else Ops())
     packs = strategy == "none"  # nothing looks at q, k and v between qkv and attend

@@ -38,6 +38,35 @@ def test_the_table_is_read_and_told(hopper, size, length, widens, backend, wide,
     assert re.search(told, found.told)
 
 
+@pytest.mark.parametrize(
+    "size, length, repeats, backend",
+    [
+        (72, 4096, None, "flash4"),
+        (72, 4096, True, "flash4"),
+        (72, 4096, False, "flash4_any"),
+        (72, 1024, None, "cudnn"),  # nothing in the table repeats there
+        (72, 1024, True, "triton"),
+        (64, 256, True, "triton"),
+        (48, 256, True, "triton"),
+        (48, 256, None, "sdpa"),
+    ],
+)
+def test_what_repeats_is_preferred_demanded_or_not(monkeypatch, size, length, repeats, backend):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    here = {name: dataclasses.replace(b, obstacle=lambda *args: None) for name, b in attention.BACKENDS.items()}
+    monkeypatch.setattr(attention, "BACKENDS", here)
+    found = attention.choose(H200, torch.bfloat16, size, length, repeats=repeats)
+    assert found.backend.name == backend
+    assert ("does not repeat bit for bit" in found.told) == (backend in ("cudnn", "sdpa", "flash4_any"))
+
+
+def test_what_cannot_repeat_is_refused(hopper):
+    with pytest.raises(
+        ValueError, match=r"for 4096 tokens in heads of 72 .*: install flash-attn-4, or leave deterministic"
+    ):
+        attention.choose(H200, torch.bfloat16, 72, 4096, repeats=True)
+
+
 def test_without_half_precision_pytorch_chooses(hopper):
     found = attention.choose(H200, torch.float32, 72, 256)
     assert found.backend.name == "sdpa" and "float32 is not half precision" in found.told

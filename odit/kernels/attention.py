@@ -191,9 +191,9 @@ BACKENDS = {
     b.name: b
     for b in (
         Backend("plain", plain, _always, "reference attention"),
-        Backend("sdpa", sdpa, _always, "PyTorch's choice of attention"),
-        Backend("flash2", flash2, functools.partial(_needs_gpu, (8, 0)), "FlashAttention 2 (PyTorch's)"),
-        Backend("cudnn", cudnn, functools.partial(_needs_gpu, (9, 0)), "cuDNN's attention"),
+        Backend("sdpa", sdpa, _always, "PyTorch's choice of attention", repeats=False),
+        Backend("flash2", flash2, functools.partial(_needs_gpu, (8, 0)), "FlashAttention 2 (PyTorch's)", repeats=False),
+        Backend("cudnn", cudnn, functools.partial(_needs_gpu, (9, 0)), "cuDNN's attention", repeats=False),
         Backend("flash4", flash4, _flash4_obstacle, "flash-attn 4"),
         Backend("flash4_any", flash4_any, _flash4_obstacle, "flash-attn 4, summing in any order", repeats=False),
         Backend("triton", triton, _triton_obstacle, "odit's kernel for short samples", attend_packed=triton_packed),
@@ -213,17 +213,18 @@ class Entry:
     """TFLOP/s of forward and backward together, of it and of the next."""
 
 
-# One H200, bf16, forward + backward, TFLOP/s on the true head size (2026-11-23, torch 2.11, flash-attn 4.0.0b36).
+# One H200, bf16, forward + backward, TFLOP/s on the true head size (torch 2.11, flash-attn 4.0.0b36), 16 heads, 8
+# samples of 4,096 tokens and 128 of 256. What adds up in the order in which parts are ready comes last of its kind.
 HOPPER = (
-    Entry(72, 2048, "flash4_any", 80, "540 against 423 unpadded, cuDNN 319"),
-    Entry(72, 2048, "flash4", 80, "540 against 423 unpadded, cuDNN 319"),
-    Entry(72, 2048, "cudnn", 80, "372 against 319 unpadded"),
+    Entry(72, 2048, "flash4_any", 80, "526 against 424 unpadded, cuDNN 373"),
+    Entry(72, 2048, "flash4", 80, "447 against 369 unpadded"),
+    Entry(72, 2048, "cudnn", 80, "373 against 327 unpadded"),
     Entry(72, 512, "cudnn", 72, "182 against flash-attn 4's 173"),
     Entry(72, 0, "triton", 72, "backward 0.59 ms against cuDNN's 0.66, and no copy of 0.11"),
     Entry(72, 0, "cudnn", 72, "182 against flash-attn 4's 173"),
-    Entry(64, 2048, "flash4_any", 64, "554 against cuDNN's 428"),
-    Entry(64, 2048, "flash4", 64, "554 against cuDNN's 428"),
-    Entry(64, 0, "cudnn", 64, "428 against FlashAttention 2's 279"),
+    Entry(64, 2048, "flash4_any", 64, "548 against cuDNN's 461"),
+    Entry(64, 2048, "flash4", 64, "541 against 548 in any order"),
+    Entry(64, 0, "cudnn", 64, "218 against flash-attn 4's 151"),
 )
 TABLE = {(9, 0): HOPPER}
 
@@ -238,29 +239,58 @@ class Choice:
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype, size: int, length: int, widens: bool = True, repeats: bool = True
+    device: torch.device, dtype: torch.dtype, size: int, length: int, widens: bool = True, repeats: bool | None = None
 ) -> Choice:
-    """Reads the table: the first entry of this device, head size and length that can run; else PyTorch's choice.
+    """Reads the table: the first entry that can run of those measured nearest below this length; else PyTorch's choice.
 
     Args:
         widens: whether heads may be made wider.
-        repeats: whether the backward pass must give the same bits each time.
+        repeats: whether the backward pass must give the same bits each time; None prefers that, and takes another
+            where none does.
+    Raises:
+        ValueError: none of them repeats, and one must.
     """
     if device.type != "cuda":
         return Choice(BACKENDS["plain"], size, "reference attention (no GPU)")
-    passed = ""
-    for entry in TABLE.get(torch.cuda.get_device_capability(device), ()):
-        if entry.size != size or length < entry.least or (entry.wide != size and not widens):
-            continue
-        backend = BACKENDS[entry.backend]
-        if repeats and not backend.repeats:
-            continue
-        if why := backend.obstacle(device, dtype, entry.wide):
-            passed = passed or f"; not {backend.told}: {why}"
-            continue
-        wider = f", heads of {size} as {entry.wide}" if entry.wide != size else ""
-        return Choice(backend, entry.wide, f"{backend.told}{wider} (measured: {entry.told}{passed})")
-    return Choice(BACKENDS["sdpa"], size, f"PyTorch's choice of attention (head size {size} was not measured{passed})")
+    entries = [
+        entry
+        for entry in TABLE.get(torch.cuda.get_device_capability(device), ())
+        if entry.size == size and length >= entry.least and (entry.wide == size or widens)
+    ]
+    nearest = max((entry.least for entry in entries), default=0)
+    entries, passed = [entry for entry in entries if entry.least == nearest], ""
+    for repeating in (True, False) if repeats is None else (repeats,):
+        for entry in entries:
+            backend = BACKENDS[entry.backend]
+            if repeating and not backend.repeats:
+                continue
+            if why := backend.obstacle(device, dtype, entry.wide):
+                passed = passed or f"; not {backend.told}: {why}"
+                continue
+            wider = f", heads of {size} as {entry.wide}" if entry.wide != size else ""
+            return Choice(
+                backend, entry.wide, f"{backend.told}{wider} (measured: {entry.told}{passed}){_told(backend)}"
+            )
+    if not repeats:
+        told = f"PyTorch's choice of attention (head size {size} was not measured{passed})"
+        return Choice(BACKENDS["sdpa"], size, told + _told(BACKENDS["sdpa"]))
+    own = BACKENDS["triton"]
+    if (why := own.obstacle(device, dtype, size) or _too_long(length)) is None:
+        return Choice(own, size, f"{own.told} (head size {size} was not measured{passed})")
+    raise ValueError(
+        f"deterministic is given, and no attention here repeats bit for bit for {length} tokens in heads of {size} "
+        f"({own.told}: {why}{passed}): install flash-attn-4, or leave deterministic out"
+    )
+
+
+def _told(backend: Backend) -> str:
+    return "" if backend.repeats else "; its backward pass does not repeat bit for bit"
+
+
+def _too_long(length: int) -> str | None:
+    from odit.kernels.short_attention import LONGEST
+
+    return f"{length} tokens are beyond {LONGEST}" if length > LONGEST else None
 
 
 @functools.lru_cache(maxsize=64)  # the same record each time: blocks are compiled once a record
