@@ -1,5 +1,5 @@
 """Measures: ``python experiments/bench.py kernels | attention | optimizer | train | sample | zero | sequence |
-encoders``. One JSON object a row."""
+encoders``. One JSON object a row; ``table`` makes Markdown of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import tyro
 
 from odit import health
-from odit.bench import attention, encoders, kernels, optimizer, sample, sequence, train, zero
+from odit.bench import attention, encoders, kernels, optimizer, sample, sequence, table, train, zero
 
 BENCHES: dict[str, Callable] = {
     "kernels": kernels.kernels,
@@ -19,6 +19,7 @@ BENCHES: dict[str, Callable] = {
     "zero": zero.zero,
     "sequence": sequence.sequence,
     "encoders": encoders.encoders,
+    "table": table.table,
 }
 
 

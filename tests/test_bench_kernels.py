@@ -1,11 +1,12 @@
 """The benchmark of kernels runs, in the interpreter: its rows, not its times."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from odit.bench import kernels, optimizer
+from odit.bench import kernels, optimizer, table
 
 pytest.importorskip("triton")
 
@@ -35,3 +36,9 @@ def test_wrong_settings_are_refused():
         kernels.make_case(kernels.Kernels(batch=1, tokens=1), "softmax", torch.device("cpu"))
     with pytest.raises(ValueError, match=r"width 64 .* heads 5"):
         kernels.make_case(kernels.Kernels(batch=1, tokens=1, width=64, heads=5), "norm_rotate", torch.device("cpu"))
+
+
+def test_the_tables_of_the_readme_are_those_of_the_rows():
+    root = Path(__file__).parents[1]
+    rows = [json.loads(line) for line in (root / "docs" / "h200.jsonl").read_text().splitlines()]
+    assert table.markdown(rows) in (root / "README.md").read_text()

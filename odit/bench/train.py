@@ -108,6 +108,7 @@ def measure(cfg: Train, run: config.Run) -> tuple[dict[str, Any], list]:
     ms = 1e3 * (now(composed.device) - began) / cfg.steps
     flops = 6 * models.of(run.model).macs(run.model, composed.shape) * cfg.batch
     row = {
+        "micro_batch": composed.micro_batch,
         "device": device_name(composed.device),
         "kernels": next(line for line in composed.notes if line.startswith("kernels")),
         "ms": round(ms, 2),
