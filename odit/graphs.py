@@ -11,7 +11,7 @@ import torch
 from odit import tree
 
 WARM_UP = 2  # calls before a capture: libraries choose kernels and take workspaces in the first ones
-MOST = 4  # graphs that one function keeps; each holds the memory of a call
+MOST = 4  # graphs that one function keeps
 
 
 def captured(fn: Callable[..., Any], record: Callable | None = None, copies: bool = True) -> Callable[..., Any]:
@@ -23,7 +23,7 @@ def captured(fn: Callable[..., Any], record: Callable | None = None, copies: boo
     Args:
         record: ``record(run) -> (replay, result)``, which captures ``run()``; CUDA's unless given.
     """
-    record, graphs = record or _record, {}
+    record, graphs = record or _recorder(), {}
 
     def call(*args: Any) -> Any:
         leaves = tree.leaves(list(args))
@@ -41,7 +41,14 @@ def captured(fn: Callable[..., Any], record: Callable | None = None, copies: boo
     return call
 
 
-def _record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+def _recorder() -> Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]:
+    """``record(run) -> (replay, result)`` for graphs that share their memory: one runs at a time, and what it gave is
+    done with before the next one runs."""
+    pool = torch.cuda.graph_pool_handle()
+    return lambda run: _record(run, pool)
+
+
+def _record(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
     """Captures a call on a stream of its own; its memory is the graph's until that is dropped."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -51,7 +58,7 @@ def _record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             result = run()
     except RuntimeError as error:
         why = str(error).splitlines()[0]
