@@ -50,6 +50,8 @@ class Evaluate:
     """Averaged or live weights, where the checkpoint has both."""
     out: Path | None = None
     """Writes the figures, and what they are of, to this JSON file too."""
+    graphs: bool = True
+    """Runs a step of sampling as one CUDA graph where that is possible; pictures stay the same."""
     device: str = "auto"
     """'auto' takes a GPU where there is one."""
     cfg: Annotated[Literal[1, 2], tyro.conf.arg(name="parallel.cfg")] = 1
@@ -299,7 +301,7 @@ def choose(args: Evaluate, composed: plan.Plan, num: int) -> tuple[tree.Tree, to
 def sampling_of(args: Evaluate, run: config.Run, opened: Source) -> config.Sampling:
     """The run's own sampling with what the command line says of it."""
     conditional = opened.shape.conditional
-    given = {"solver": args.solver, "steps": args.steps, "scale": args.guidance}
+    given = {"solver": args.solver, "steps": args.steps, "scale": args.guidance, "graphs": args.graphs}
     return sample.override(run.sampling, conditional, **given)
 
 

@@ -72,6 +72,8 @@ class Sample:
     """Ranks that share a picture's tokens."""
     sequence: Annotated[config.Sequence, tyro.conf.arg(name="parallel.sequence")] = "auto"
     """How ranks share a picture's tokens."""
+    graphs: bool = True
+    """Runs a step as one CUDA graph where that is possible; pictures stay the same."""
     compile: bool = False
     """Compiles the blocks."""
     encoders: frozen.Config = field(default_factory=frozen.Config)
@@ -104,8 +106,7 @@ def main(args: Sample) -> None:
             print(f"graphs: {'none, ' + why if why else 'a model call is one CUDA graph'}")
         shown, conditions = choose(args, composed)
         args = dataclasses.replace(args, out=target(args.out, len(composed.shape.size) == 3))
-        if args.fps != Sample.fps and len(composed.shape.size) == 2:
-            raise ValueError(f"fps is {args.fps} but {args.checkpoint} draws pictures: leave it out")
+        check_fps(args, len(composed.shape.size) == 3)
         for path in filter(None, (args.out, args.tensors)):
             path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work
         params = found.load(composed)
@@ -122,6 +123,16 @@ def main(args: Sample) -> None:
             print(f"{args.num} samples: {args.out}")
 
 
+def check_fps(args: Sample, clips: bool) -> None:
+    """Refuses a rate that no file will have; raises ValueError."""
+    still = args.out is not None and args.out.suffix.lower() == ".png"
+    if args.fps != Sample.fps and (still or not clips):
+        what = f"out {args.out} is a picture" if clips else f"{args.checkpoint} draws pictures"
+        raise ValueError(f"fps is {args.fps} but {what}: leave it out")
+    if clips and not still:
+        media.check_rate(args.fps, args.out)
+
+
 def read_run(args: Sample, found: Source, world: int) -> config.Run:
     """The run that wrote the weights, as it samples on ``world`` ranks."""
     run, shape = found.run, found.shape
@@ -133,6 +144,7 @@ def read_run(args: Sample, found: Source, world: int) -> config.Run:
         scale=args.guidance,
         interval=args.interval,
         channels=args.channels,
+        graphs=args.graphs,
     )
     return dataclasses.replace(
         run,

@@ -77,6 +77,7 @@ def main(run: config.Run) -> None:
         measure = evaluate.during_training(composed)
         with checkpoint.Saver(composed, run.checkpoint_async) as saver:
             state = loop(composed, dataset, state, key, recorder, stop, watch, saver, signals, measure)
+        composed.graphs.clear()  # the memory of a step
         say(composed, f"{run.out}: step {state.step} of {run.steps} after {time.monotonic() - began:.0f} s")
         if state.step == run.steps:
             finish(composed, dataset, state, recorder)

@@ -26,8 +26,8 @@ def check(run: Run, shape: Shape | None = None, world: int = 1) -> None:
         ValueError: one sentence that names the key, what was found and what would be right.
     """
     _check_numbers(run)
-    _check_served(run)
     dp, sp = divide(run, world)
+    _check_served(run, sp)
     _check_share(run, dp)
     _check_offload(run)
     if run.kernels == "fused" and (device := pick_device(run.device)).type != "cuda":
@@ -163,16 +163,16 @@ def _check_offload(run: Run) -> None:
         )
 
 
-def _check_served(run: Run) -> None:
+def _check_served(run: Run, sp: int) -> None:
     """Settings that this version knows but does not serve are refused, never ignored."""
     p = run.parallel
     if run.replay is not None:
         raise ValueError(
             f"replay {run.replay} takes the place of a run: use python experiments/train.py --replay alone"
         )
-    if run.compile and p.remat == "selective" and (p.sp or 1) > 1:
+    if run.compile and p.remat == "selective" and sp > 1:
         raise ValueError(
-            f"compile cannot follow parallel.remat selective across what passes between parallel.sp {p.sp} ranks: use "
+            f"compile cannot follow parallel.remat selective across what passes between parallel.sp {sp} ranks: use "
             "--no-compile or --parallel.remat block"
         )
     if run.grad_norms and p.zero == 3:

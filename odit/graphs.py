@@ -60,9 +60,11 @@ def _record(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]
     try:
         with torch.cuda.graph(graph, pool=pool):
             result = run()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         why = str(error).splitlines()[0]
         raise RuntimeError(
-            f"no CUDA graph can be made of this ({why}): use --no-graphs, --sampling.no-graphs"
+            f"no CUDA graph can be made of this ({why}): use --no-graphs, of a training run --sampling.no-graphs too"
         ) from error
     return graph.replay, result

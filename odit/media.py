@@ -165,6 +165,11 @@ def _text(path: Path) -> str:
         return picture.info["comment" if picture.format == "GIF" else "odit"]
 
 
+def check_rate(fps: float, path: Path | None) -> None:
+    """Refuses frames a second that a film at ``path`` cannot have; raises ValueError."""
+    _rate(fps, GIF_RATE if path is not None and path.suffix.lower() == ".gif" else MP4_RATE)
+
+
 def _rate(fps: float, most: int) -> Fraction:
     """Frames a second as a fraction of small numbers (MPEG-4 Part 2 holds 16 bits each)."""
     if not (math.isfinite(fps) and 0.1 <= fps <= most):

@@ -63,7 +63,8 @@ def predict(plan: Plan) -> Memory:
 def describe(plan: Plan) -> str:
     """One line for people."""
     found, gib = predict(plan), 2**30
-    line = f"memory: {found.peak / gib:.2f} GiB a rank at the peak, {found.standing / gib:.2f} of it between steps"
+    standing = found.peak if plan.graph_obstacle is None else found.standing  # a graph keeps its memory
+    line = f"memory: {found.peak / gib:.2f} GiB a rank at the peak, {standing / gib:.2f} of it between steps"
     if held := _frozen(plan.front):
         line += f"; beside it {held / gib:.2f} of encoders"
     if found.host:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Literal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,6 +76,18 @@ def rotary_3d(frames: int, rows: int, columns: int, head_size: int, base: float 
     ]
     angle = torch.cat(parts, -1)
     return angle.cos(), angle.sin()
+
+
+def kept(make: Callable) -> Callable:
+    """``make(*args)``, made once. Inference mode, fake tensors and torch.func's levels mark every tensor made under
+    them, and such a tensor may not outlive them in a cache; a new thread has none of them."""
+
+    @functools.cache  # for good: graphs read what is in it
+    def once(*args: Any) -> Any:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(make, *args).result()
+
+    return lambda *args: (make if torch.compiler.is_compiling() else once)(*args)
 
 
 def timestep_features(t_B: Tensor, dim: int, freqs: Literal["dit", "diffusers"] = "dit") -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -95,7 +95,10 @@ class Plan:
     def sums_dtype(self) -> torch.dtype | None:
         """Of gradients on their way to the optimizer; None for the masters', which summing over ranks or micro-batches
         needs."""
-        return self.dtype if self.one_pass and self.mesh.world == 1 and self.num_micro == 1 else None
+        alone = (
+            self.mesh.world == 1 and self.num_micro == 1 and self.dtype != torch.float16
+        )  # which loses what is small
+        return self.dtype if self.one_pass and alone else None
 
     @property
     def graph_obstacle(self) -> str | None:
@@ -195,7 +198,7 @@ def make(run: Run, dataset: data.Dataset, mesh: Mesh | None = None, front: Front
     sizes = bucket_sizes(run, front)
     shape = shape_of(run, dataset, front)
     checks.check_buckets(run, shape, sizes, (mesh or single()).world)
-    plan = compose(run, shape, mesh, front)
+    plan = compose(run, shape, mesh, front, tuple(sizes.values()))
     if isinstance(dataset, buckets.Bucketed):
         tokens = [models.num_tokens(run.model, size) for size in sizes.values()]
         told = dataset.describe(run.global_batch, dict(zip(dataset.buckets, tokens)).__getitem__)
@@ -215,8 +218,18 @@ def load_front(run: Run, mesh: Mesh | None = None) -> Front:
     return fronts.load(run, mesh or single(), checks.pick_device(run.device), dtype)
 
 
-def compose(run: Run, shape: Shape, mesh: Mesh | None = None, front: Front | None = None) -> Plan:
-    """Composes the plan of a run for data of a known shape, on one rank unless a mesh is given; checks first."""
+def compose(
+    run: Run,
+    shape: Shape,
+    mesh: Mesh | None = None,
+    front: Front | None = None,
+    sizes: Sequence[Size] = (),
+) -> Plan:
+    """Composes the plan of a run for data of a known shape, on one rank unless a mesh is given; checks first.
+
+    Args:
+        sizes: of other samples than ``shape`` tells, in buckets.
+    """
     mesh = mesh or single()
     checks.check(run, shape, mesh.world)
     device, notes = checks.pick_device(run.device), []
@@ -232,7 +245,7 @@ def compose(run: Run, shape: Shape, mesh: Mesh | None = None, front: Front | Non
     if not shape.conditional:
         notes.append("guidance: none (the data has no classes and no captions)")
     name, told = _strategy(run, shape, mesh, device)
-    kernels, line = _kernels(run, shape, device, name)
+    kernels, line = _kernels(run, shape, sizes, device, name)
     notes.append(line)
     front = front or load_front(run, mesh)
     if front.tokenize is None and shape.text_length and not shape.text_width:  # a cache of captions as bytes
@@ -260,8 +273,8 @@ def compose(run: Run, shape: Shape, mesh: Mesh | None = None, front: Front | Non
     )
 
 
-def _kernels(run: Run, shape: Shape, device: torch.device, strategy: str) -> tuple[Ops, str]:
-    """The record of one rank, and a line on it."""
+def _kernels(run: Run, shape: Shape, sizes: Sequence[Size], device: torch.device, strategy: str) -> tuple[Ops, str]:
+    """The record of one rank, for samples of these sizes, and a line on it."""
     on_gpu = device.type == "cuda"
     if run.kernels == "reference":
         return Ops(), "kernels: reference"
@@ -272,8 +285,7 @@ def _kernels(run: Run, shape: Shape, device: torch.device, strategy: str) -> tup
             return flash(), f"kernels: PyTorch's attention, the rest reference (auto; no fused ones: {why})"
         return Ops(), f"kernels: reference (auto; no fused ones: {why})"
     cfg = run.model
-    frames = models.of(cfg).time_space(cfg, shape.size)
-    length = models.num_tokens(cfg, shape.size) // frames
+    length = max(models.num_tokens(cfg, s) // models.of(cfg).time_space(cfg, s) for s in (shape.size, *sizes))
     plain = strategy not in ("ring", "usp")  # these merge parts of attention by their log-sum-exp
     if run.deterministic and on_gpu and not plain:
         raise ValueError(
@@ -282,8 +294,11 @@ def _kernels(run: Run, shape: Shape, device: torch.device, strategy: str) -> tup
         )
     found = attention.choose(device, DTYPES[run.precision], cfg.head_size, length, plain, run.deterministic)
     ops = fused(flash() if on_gpu else Ops())
+    if run.deterministic:
+        ops = replace(ops, cross=Ops().cross)  # captions are short
     packs = strategy == "none"  # nothing looks at q, k and v between qkv and attend
-    told = f"kernels: fused{' (auto)' * (run.kernels == 'auto')}; {found.told}"
+    merged = "PyTorch's flash attention in parts, whose backward pass does not repeat bit for bit"
+    told = f"kernels: fused{' (auto)' * (run.kernels == 'auto')}; {found.told if plain or not on_gpu else merged}"
     return attention.with_attention(ops, found, cfg.head_size, packs), told
 
 
@@ -326,7 +341,9 @@ def _claimed(name: str, model: Config, sp: int) -> str:
 
 def alone(run: Run) -> Run:
     """The same run on one rank, nothing compiled, no gradients measured."""
-    return dataclasses.replace(run, parallel=Parallel(), micro_batch=None, compile=False, grad_norms=False)
+    kernels = "auto" if run.kernels == "fused" else run.kernels  # it may run where there is no GPU
+    run = dataclasses.replace(run, parallel=Parallel(), micro_batch=None, compile=False, grad_norms=False)
+    return dataclasses.replace(run, kernels=kernels, deterministic=None)
 
 
 def shape_of(run: Run, dataset: data.Dataset, front: Front) -> Shape:

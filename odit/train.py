@@ -97,7 +97,7 @@ def draw(plan: Plan, ids_B: Tensor, shape: tuple[int, ...], key: random.Key) -> 
 
 def drawn(plan: Plan, ids_B: Tensor, shape: tuple[int, ...], key: random.Key) -> Draws:
     """``draw``; on a GPU as one graph where samples are few enough for launches to take longer than the drawing."""
-    if plan.device.type != "cuda" or len(ids_B) * math.prod(shape) > MOST_DRAWN:
+    if plan.device.type != "cuda" or not plan.run.graphs or len(ids_B) * math.prod(shape) > MOST_DRAWN:
         return draw(plan, ids_B, shape, key)
     place = (shape, key)
     if place not in plan.graphs:
@@ -351,6 +351,8 @@ def graphed_gradients(plan: Plan, params: tree.Tree) -> Callable[[Tensor, tree.T
     are good until the next call."""
     place = ("gradients", *(p.data_ptr() for p in tree.leaves(params)))
     if place not in plan.graphs:
+        for old in [key for key in plan.graphs if key[0] == "gradients"]:
+            del plan.graphs[old]  # of a state that is gone: it holds the memory of a step
         there: list[bool] = []  # which leaves have a gradient
         held = plan.layout.hold(params)
 

@@ -180,7 +180,7 @@ def fused(
         launches, count = [prepare(group) for group in groups.values()], state.count + 1
 
         def update(lr: float, scale: float = 1.0, decay: float = 0.0) -> Any:
-            for launched in launches:
+            for launched, _ in zip(launches, groups.values()):  # whose copies must live until then
                 launched(scalars(int(count), lr, scale, decay))
             return state._replace(count=count)
 

@@ -246,8 +246,8 @@ def choose(
 
     Args:
         widens: whether heads may be made wider.
-        repeats: whether the backward pass must give the same bits each time; None prefers that, and takes another
-            where none does.
+        repeats: whether the backward pass must give the same bits each time; None prefers that among what was measured,
+            and takes another where none does.
     Raises:
         ValueError: none of them repeats, and one must.
     """
@@ -280,7 +280,8 @@ def choose(
         return Choice(own, size, f"{own.told} (head size {size} was not measured{passed})")
     raise ValueError(
         f"deterministic is given, and no attention here repeats bit for bit for {length} tokens in heads of {size} "
-        f"({own.told}: {why}{passed}): install flash-attn-4, or leave deterministic out"
+        f"({own.told}: {why}{passed}): install flash-attn-4 where it serves, use --kernels reference, or leave "
+        "deterministic out"
     )
 
 
@@ -304,6 +305,8 @@ def with_attention(ops: Ops, choice: Choice, size: int, packs: bool = False) -> 
     scale, attend = size**-0.5, choice.backend.attend
     if packs and choice.wide == size and choice.backend.attend_packed is not None:
         return _packed(ops, scale, attend, choice.backend.attend_packed)
+    if choice.backend.name == "sdpa":
+        return replace(ops, attend=reference.attend_sdpa)  # by its name, which memory.py looks for
     if choice.wide == size:
         return replace(ops, attend=lambda q, k, v: attend(q, k, v, scale))
     return _widened(ops, size, choice.wide, attend)

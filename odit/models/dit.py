@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -196,19 +195,7 @@ def positions(cfg: Config, size: Size, device, dtype) -> tuple[Tensor | None, tu
     return _tables(cfg, size, device, dtype)
 
 
-def kept(make: Callable) -> Callable:
-    """``make(*args)``, made once. Inference mode, fake tensors and torch.func's levels mark every tensor made under
-    them, and such a tensor may not outlive them in a cache; a new thread has none of them."""
-
-    @functools.lru_cache(maxsize=64)
-    def once(*args: Any) -> Any:
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(make, *args).result()
-
-    return lambda *args: (make if torch.compiler.is_compiling() else once)(*args)
-
-
-@kept
+@nn.kept
 def _tables(cfg: Config, size: Size, device, dtype) -> tuple[Tensor | None, tuple[Tensor, ...]]:
     frames, rows, columns = cfg.grid(size)
     clips = len(size) == 3

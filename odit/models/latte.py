@@ -46,7 +46,7 @@ def forward(params: dict, x_BCTHW: Tensor, t_B: Tensor, y: Any, cfg: Config, ops
     return nn.unpatchify(ops.leave(h).flatten(1, 2), size, cfg.patch, cfg.frame_patch)
 
 
-@dit.kept
+@nn.kept
 def _frames_table(frames: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return nn.sincos_1d(torch.arange(frames), width).to(device, dtype)
 

@@ -59,8 +59,7 @@ def encode(p: dict, tokens_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]
     x = nn.embed_label(tokens_BS, p["embed"])
     for places_BS, within_BS in ngrams(tokens_BS):
         x = x + nn.embed_label(places_BS, p["ngrams"]) * within_BS[..., None]
-    positions = nn.sincos_1d(torch.arange(x.shape[1]), x.shape[2]).to(x)
-    x = x + 0.02 * positions  # about as large as what they are added to
+    x = x + 0.02 * _places(x.shape[1], x.shape[2], x.device, x.dtype)  # about as large as what they are added to
     for layer in p["layers"]:
         q, k, v = qkv(nn.layer_norm(x, layer["norm1"]), layer["qkv"], ())
         x = x + out(attend_masked(q, k, v, mask_BS), layer["out"])
@@ -68,6 +67,11 @@ def encode(p: dict, tokens_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]
     kept_BS1 = mask_BS[..., None].to(x.dtype)
     mean_BD = (x * kept_BS1).sum(1) / kept_BS1.sum(1)
     return nn.layer_norm(x, p["norm"]), nn.layer_norm(mean_BD, p["norm"])
+
+
+@nn.kept
+def _places(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return nn.sincos_1d(torch.arange(length), width).to(device, dtype)
 
 
 def ngrams(tokens_BS: Tensor) -> list[tuple[Tensor, Tensor]]:
