@@ -6,6 +6,7 @@ the first. A file appears whole or not at all. The same input gives the same byt
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import math
@@ -61,6 +62,18 @@ def pixels(x_TCHW: Tensor) -> Tensor:
     x_TCHW = x_TCHW if C == 3 else x_TCHW[:, :1].expand(T, 3, H, W)
     x_TCHW = torch.where(x_TCHW.isfinite(), x_TCHW.float(), -1).clamp(-1, 1)
     return ((x_TCHW + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    """Writes a figure of matplotlib as PNG, of the same bytes for the same figure."""
+    with whole(path, sync=False) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def check_plots(setting: str) -> None:
+    """Raises ValueError where matplotlib is not there; ``setting`` is what goes without it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"a plot needs matplotlib, which is not here: pip install -e '.[plots]', or use {setting}")
 
 
 def save_png(path: Path, x_CHW: Tensor, recipe: dict[str, Any]) -> None:

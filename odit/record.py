@@ -131,6 +131,14 @@ def cut_metrics(path: Path, step: int) -> None:
         temporary.write_text("".join(kept), encoding="utf-8")
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's ``metrics.jsonl``; none where there is no file. A torn last line is left out."""
+    if not path.exists():
+        return []
+    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines]
+
+
 def about() -> dict[str, Any]:
     """Versions and git state of this program."""
     return {

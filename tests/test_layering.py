@@ -14,6 +14,7 @@ PURE = {
 BOTH_SIDES = {
     *("plan", "checks", "front", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"),
     *("initial", "source", "bench", "manifest", "shards", "saving", "crash"),
+    *("ablation", "comparison"),
 }
 ALLOWED = {
     "kernels": {"ops", "tree", "kernels"},

@@ -1,0 +1,190 @@
+"""A grid of runs: axes over settings, seeds and metrics; and the trials that it means.
+
+A trial is one cell with one seed. What it trains and how its samples are judged are two things, each with a folder
+named by a hash of all that it depends on: trials that differ in their sampling alone share one training run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from odit import checks, config
+from odit.ablation import metrics
+from odit.config import Run, Sampling
+
+# Settings of a run that say where and how it is started, and nothing about what it is.
+NO_MEANING = ("out", "resume", "progress")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One place on an axis: the name that a table shows, and the settings behind it by their dotted keys."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What is varied, and its choices in the order of the table."""
+
+    name: str
+    choices: tuple[Choice, ...]
+
+
+def values(key: str, *found: Any, name: str | None = None) -> Axis:
+    """An axis over one setting, named by the last part of its key unless told."""
+    choices = tuple(Choice(str(value), {key: value}) for value in found)
+    return Axis(name or key.rpartition(".")[2].replace("_", " "), choices)
+
+
+def variants(name: str, choices: Mapping[str, Mapping[str, Any]]) -> Axis:
+    """An axis whose choices set several settings each."""
+    return Axis(name, tuple(Choice(label, settings) for label, settings in choices.items()))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of the axes' choices, with every seed; combinations that no run can be are left out."""
+
+    about: str
+    """A line on what it compares."""
+    axes: tuple[Axis, ...]
+    """The last one is the plot's horizontal axis."""
+    metrics: tuple[str, ...]
+    """Names in ``metrics.METRICS``."""
+    preset: str = "digits"
+    """The run that all trials start from."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What all trials change of it, by dotted keys."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds of a cell's runs, and of the samples by which each is judged."""
+    judged: int | None = None
+    """Samples by which experiments/evaluate.py judges a trial; None where nothing is judged."""
+    ranks: int = 1
+    """Ranks of a run, by torchrun where it is more than one."""
+    curves: bool = False
+    """Draws the losses of all cells over each other too."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One cell with one seed."""
+
+    cell: tuple[str, ...]
+    """Its choice on each axis."""
+    preset: str
+    run: Run
+    """What is trained; ``out`` is of no meaning."""
+    sampling: Sampling
+    """How the judge's samples are drawn."""
+    judged: int | None
+    ranks: int = 1
+
+    @property
+    def train_key(self) -> str:
+        """Names the training run's folder: a hash of its whole config and of the number of ranks."""
+        told = {key: value for key, value in config.to_json(self.run).items() if key not in NO_MEANING}
+        return digest({"run": told, "ranks": self.ranks})
+
+    @property
+    def judge_key(self) -> str:
+        """Names the judgement's folder: a hash of the training run's and of how samples are drawn."""
+        return digest({"train": self.train_key, "num": self.judged, "sampling": config.to_json(self.sampling)})
+
+    def folder(self, out: Path) -> Path:
+        """Where its training run lies."""
+        return out / "runs" / self.train_key
+
+    def judgement(self, out: Path) -> Path:
+        """Where the figures of its samples lie."""
+        return out / "judged" / self.judge_key / "evaluation.json"
+
+
+def digest(value: Any) -> str:
+    """A hash of what JSON can write, of any order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def trials(grid: Grid) -> tuple[list[Trial], dict[tuple[str, ...], str]]:
+    """All trials in the order of the table, seeds innermost; and the cells that were left out, with the reason.
+
+    Raises:
+        ValueError: a grid that names what is not there, or whose every cell was left out.
+    """
+    check(grid)
+    found, left_out = [], {}
+    for choices in itertools.product(*(axis.choices for axis in grid.axes)):
+        cell = tuple(choice.name for choice in choices)
+        settings = dict(grid.settings)
+        for choice in choices:
+            settings.update(choice.settings)
+        base = changed(config.presets()[grid.preset][1], settings)
+        made = [_trial(grid, cell, dataclasses.replace(base, seed=seed)) for seed in grid.seeds]
+        try:
+            for trial in made:
+                _check(trial)
+        except ValueError as error:
+            left_out[cell] = str(error)
+        else:
+            found += made
+    if not found:
+        raise ValueError(f"no cell of the grid can run, the first because {next(iter(left_out.values()))}")
+    return found, left_out
+
+
+def check(grid: Grid) -> None:
+    """Raises ValueError for a grid without meaning, one sentence with the field and a fix."""
+    if grid.preset not in (known := config.presets()):
+        raise ValueError(f"the grid's preset is {grid.preset!r}: use one of {', '.join(known)}")
+    if unknown := [name for name in grid.metrics if name not in metrics.METRICS]:
+        raise ValueError(f"the grid has metric {unknown[0]!r}: use some of {', '.join(metrics.METRICS)}")
+    if not grid.metrics or not grid.axes or not grid.seeds:
+        raise ValueError("the grid has no metrics, no axes or no seeds: give one or more of each")
+    if grid.judged is None and (needed := [n for n in grid.metrics if metrics.METRICS[n].source == "judge"]):
+        raise ValueError(f"the grid has metric {needed[0]!r} but judged is None: give a number of samples such as 500")
+    if len(set(grid.seeds)) < len(grid.seeds):
+        raise ValueError(f"the grid's seeds are {' '.join(map(str, grid.seeds))}: give each once")
+    for axis in grid.axes:
+        names = [choice.name for choice in axis.choices]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"axis {axis.name!r} has the choices {names}: give one or more, each of its own name")
+
+
+def changed(run: Run, settings: Mapping[str, Any]) -> Run:
+    """The run with some settings changed by their dotted keys; raises ValueError for what is no setting."""
+    told = config.to_json(run)
+    for key, value in settings.items():
+        *path, last = key.split(".")
+        inner = told
+        for name in path:
+            inner = inner.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{key} is no setting of this version: {name} has no parts")
+        inner[last] = config.to_json(value)
+    return config.from_json(Run, told)
+
+
+def _trial(grid: Grid, cell: tuple[str, ...], run: Run) -> Trial:
+    """Takes what experiments/evaluate.py can be told out of the run, so that it decides over the judgement alone."""
+    sampling = run.sampling
+    if grid.judged is not None:
+        base = changed(config.presets()[grid.preset][1], grid.settings).sampling
+        guidance = dataclasses.replace(sampling.guidance, scale=base.guidance.scale)
+        own = dataclasses.replace(sampling, solver=None, steps=base.steps, guidance=guidance)
+        run = dataclasses.replace(run, sampling=own)
+    return Trial(cell, grid.preset, dataclasses.replace(run, evaluate=False), sampling, grid.judged, grid.ranks)
+
+
+def _check(trial: Trial) -> None:
+    """Raises ValueError for what cannot be trained, or not be sampled as it is to be judged."""
+    checks.check(trial.run, world=trial.ranks)
+    checks.check(dataclasses.replace(trial.run, sampling=trial.sampling), world=trial.ranks)
