@@ -20,6 +20,7 @@ from odit.ablation.grid import Grid, Trial
 from odit.ablation.metrics import METRICS, curve, measure
 from odit.record import read_metrics
 
+PANELS = 3  # of a plot beside each other
 ARROW = {"higher": "↑", "lower": "↓"}
 
 
@@ -132,15 +133,19 @@ def save_plot(path: Path, grid: Grid, found: list[Row]) -> None:
     from matplotlib.figure import Figure
 
     num = len(grid.metrics) + grid.curves
-    figure = Figure(figsize=(5.2 * num, 4.6), dpi=110, layout="constrained")
-    panels = figure.subplots(1, num, squeeze=False)[0]
+    wide, high = min(num, PANELS), -(-num // PANELS)
+    figure = Figure(figsize=(5.2 * wide, 4.2 * high + 0.4), dpi=110, layout="constrained")
+    panels = list(figure.subplots(high, wide, squeeze=False).flat)
     for panel, metric in zip(panels, grid.metrics):
         _panel(panel, grid, metric, found)
     if grid.curves:
-        _curves(panels[-1], found)
+        _curves(panels[num - 1], found)
+    for panel in panels[num:]:
+        panel.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
     if len(handles) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize="small")
+        title = ", ".join(axis.name for axis in grid.axes[:-1])
+        figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small", title=title)
     media.save_figure(path, figure)
 
 
