@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from odit import media
-from odit.record import read_metrics
+from odit.record import curve, read_metrics
 from odit.storage import whole
 
 MISSING = "not there"
@@ -142,11 +142,6 @@ def report(runs: list[Told], num_steps: int = 8) -> str:
     return "\n".join([*parts, ""])
 
 
-def curve(lines: list[dict[str, Any]], name: str) -> dict[int, float]:
-    """{step: value} of the lines that have one."""
-    return {line["step"]: line[name] for line in lines if line.get(name) is not None}
-
-
 def spaced(steps: list[int], most: int) -> list[int]:
     """At most that many of the steps, evenly spaced, first and last among them."""
     num = min(most, len(steps))
@@ -184,7 +179,8 @@ def save_plot(path: Path, runs: list[Told]) -> None:
     for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         for run, style in zip(runs, itertools.cycle(("-", "--", "-.", ":"))):  # equal runs lie on each other
             points = curve(run.lines, name)
-            panel.plot(list(points), list(points.values()), style, lw=1.3, label=run.name)
+            marker = "o" if len(points) < 20 else None
+            panel.plot(list(points), list(points.values()), style, marker=marker, ms=3, lw=1.3, label=run.name)
         panel.set_xlabel("step")
         panel.set_title(name.replace("_", " "), fontsize="medium")
         panel.grid(alpha=0.3)

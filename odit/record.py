@@ -139,6 +139,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def curve(lines: list[dict[str, Any]], name: str) -> dict[int, float]:
+    """{step: value} of the lines of metrics that have one."""
+    return {line["step"]: line[name] for line in lines if line.get(name) is not None}
+
+
 def about() -> dict[str, Any]:
     """Versions and git state of this program."""
     return {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from odit.record import read_metrics
+from odit.record import curve, read_metrics
 
 DONE = "ablation.json"  # beside a finished run: how long it took, and its command
 
@@ -72,12 +72,7 @@ def measure(names: tuple[str, ...], folder: Path, judgement: Path, against: Path
     return found
 
 
-def curve(lines: list[dict[str, Any]], name: str = "loss") -> dict[int, float]:
-    """{step: value} of the lines that have one."""
-    return {line["step"]: line[name] for line in lines if line.get(name) is not None}
-
-
 def loss_gap(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> float | None:
     """The largest relative difference of two runs' training losses over the steps that both logged."""
-    a, b = curve(lines), curve(others)
+    a, b = curve(lines, "loss"), curve(others, "loss")
     return max((abs(a[step] - b[step]) / max(abs(b[step]), 1e-30) for step in a.keys() & b.keys()), default=None)

@@ -78,7 +78,7 @@ def is_done(trial: Trial, out: Path) -> bool:
 
 def share(keys: Iterable[str], part: int, parts: int) -> set[str]:
     """The training runs of one machine of several, by their names alone: all machines agree without talking."""
-    return set(sorted(keys)[part::parts])
+    return set(sorted(set(keys))[part::parts])
 
 
 def complete(trials: list[Trial], out: Path, processes: int) -> dict[str, str]:
@@ -115,6 +115,7 @@ def run_all(jobs: list[Job], processes: int) -> dict[str, str]:
         finally:
             for one in live:
                 one.process.kill()
+                one.process.wait()
                 one.log.close()
     if signals.asked is not None:
         raise health.Stopped(f"stopped by {signals.asked}: the same command goes on from here")

@@ -17,8 +17,8 @@ from typing import Any
 
 from odit import media
 from odit.ablation.grid import Grid, Trial
-from odit.ablation.metrics import METRICS, curve, measure
-from odit.record import read_metrics
+from odit.ablation.metrics import METRICS, measure
+from odit.record import curve, read_metrics
 
 PANELS = 3  # of a plot beside each other
 ARROW = {"higher": "↑", "lower": "↓"}
@@ -79,7 +79,7 @@ def markdown(grid: Grid, name: str, found: list[Row], notes: Iterable[str] = ())
 def _best(metric: str, found: list[Row]) -> float | None:
     """The best mean of a column; None of a single one, of gaps, and of times, taken while other runs went on."""
     means = [s[0] for row in found if (s := spread(row.values[metric]))]
-    if METRICS[metric].timing or metric == "loss_gap" or len(means) < 2:
+    if METRICS[metric].timing or metric == "loss_gap" or len(set(means)) < 2:
         return None
     return max(means) if METRICS[metric].better == "higher" else min(means)
 
@@ -170,7 +170,7 @@ def _panel(panel: Any, grid: Grid, metric: str, found: list[Row]) -> None:
 def _curves(panel: Any, found: list[Row]) -> None:
     """The training losses of all cells' first seeds over each other."""
     for row in found:
-        points = curve(read_metrics(row.folders[0] / "metrics.jsonl"))
+        points = curve(read_metrics(row.folders[0] / "metrics.jsonl"), "loss")
         panel.plot(list(points), list(points.values()), lw=1, alpha=0.7, label=", ".join(row.cell))
     panel.set_xlabel("step")
     panel.set_title(f"training loss, first seed, {len(found)} cells", fontsize="medium")
