@@ -13,6 +13,7 @@ from odit import media
 from odit.record import curve, read_metrics
 from odit.storage import whole
 
+LETTER = 7  # pixels, at most, of a letter above a picture
 MISSING = "not there"
 PLACE = ("out", "resume")  # where a run is and how it was started last
 
@@ -206,7 +207,7 @@ def save_samples(path: Path, runs: list[Told]) -> int | None:
     shown = Image.new("RGB", (width, max(grid.height for grid in grids) + line + 2 * gap), "white")
     left, pen = gap, ImageDraw.Draw(shown)
     for run, grid in zip(runs, grids):
-        pen.text((left, gap // 2), run.name[-grid.width // 7 :] if grid.width else run.name, fill="black")
+        pen.text((left, gap // 2), run.name[-(grid.width // LETTER) :], fill="black")
         shown.paste(grid, (left, line + gap))
         left += grid.width + gap
     with whole(path, sync=False) as temporary:
