@@ -69,7 +69,8 @@ def markdown(grid: Grid, name: str, found: list[Row], notes: Iterable[str] = ())
         shown = [_shown(metric, row.values[metric], best[metric], len(grid.seeds)) for metric in grid.metrics]
         lines.append(_line([*row.cell, *shown]))
     seeds = ", ".join(map(str, grid.seeds))
-    told = f"Mean ± sample standard deviation over {len(grid.seeds)} seeds ({seeds})"
+    num = len(grid.seeds)
+    told = f"Mean ± sample standard deviation over {num} seed{'s' * (num > 1)} ({seeds})"
     told += f", each judged by {grid.judged} samples." if grid.judged else "."
     if any(METRICS[metric].timing for metric in grid.metrics):
         told += " Columns of times depend on the machine and on what else it did; all others are exact."
