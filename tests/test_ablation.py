@@ -241,7 +241,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(stand_in, own_grids, tmp_
 
 
 def test_shares_of_several_machines_make_the_whole(stand_in, own_grids, tmp_path):
-    own_grids(two=dataclasses.replace(GRID, judged=None, metrics=("loss",)))
+    own_grids(two=dataclasses.replace(GRID, axes=(RATES,), judged=None, metrics=("loss",)))
     whole = command("two", tmp_path / "whole")
     for part in (1, 2, 3):
         command("two", tmp_path / "parts", shard=f"{part}/3")
