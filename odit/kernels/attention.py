@@ -216,9 +216,9 @@ class Entry:
 # One H200, bf16, forward + backward, TFLOP/s on the true head size (torch 2.11, flash-attn 4.0.0b36), 16 heads, 8
 # samples of 4,096 tokens and 128 of 256. What adds up in the order in which parts are ready comes last of its kind.
 HOPPER = (
-    Entry(72, 2048, "flash4_any", 80, "526 against 424 unpadded, cuDNN 373"),
-    Entry(72, 2048, "flash4", 80, "447 against 369 unpadded"),
-    Entry(72, 2048, "cudnn", 80, "373 against 327 unpadded"),
+    Entry(72, 2048, "flash4_any", 80, "473 against 424 unpadded, cuDNN 335"),
+    Entry(72, 2048, "flash4", 80, "403 against 369 unpadded"),
+    Entry(72, 2048, "cudnn", 80, "335 against 327 unpadded"),
     Entry(72, 512, "cudnn", 72, "182 against flash-attn 4's 173"),
     Entry(72, 0, "triton", 72, "backward 0.59 ms against cuDNN's 0.66, and no copy of 0.11"),
     Entry(72, 0, "cudnn", 72, "182 against flash-attn 4's 173"),
@@ -228,6 +228,20 @@ HOPPER = (
     Entry(64, 0, "cudnn", 64, "218 against flash-attn 4's 151"),
 )
 TABLE = {(9, 0): HOPPER}
+
+
+def entries(
+    capability: tuple[int, int], size: int, length: int, widens: bool = True, repeats: bool | None = None
+) -> list[Entry]:
+    """The table's entries that serve, the best one first, whatever is installed; arguments as of ``choose``."""
+    found = [
+        e for e in TABLE.get(capability, ()) if e.size == size and length >= e.least and (e.wide == size or widens)
+    ]
+    nearest = max((entry.least for entry in found), default=0)
+    found = [entry for entry in found if entry.least == nearest]
+    if repeats:
+        return [entry for entry in found if BACKENDS[entry.backend].repeats]
+    return found if repeats is False else sorted(found, key=lambda entry: not BACKENDS[entry.backend].repeats)
 
 
 @dataclass(frozen=True)
@@ -253,25 +267,14 @@ def choose(
     """
     if device.type != "cuda":
         return Choice(BACKENDS["plain"], size, "reference attention (no GPU)")
-    entries = [
-        entry
-        for entry in TABLE.get(torch.cuda.get_device_capability(device), ())
-        if entry.size == size and length >= entry.least and (entry.wide == size or widens)
-    ]
-    nearest = max((entry.least for entry in entries), default=0)
-    entries, passed = [entry for entry in entries if entry.least == nearest], ""
-    for repeating in (True, False) if repeats is None else (repeats,):
-        for entry in entries:
-            backend = BACKENDS[entry.backend]
-            if repeating and not backend.repeats:
-                continue
-            if why := backend.obstacle(device, dtype, entry.wide):
-                passed = passed or f"; not {backend.told}: {why}"
-                continue
-            wider = f", heads of {size} as {entry.wide}" if entry.wide != size else ""
-            return Choice(
-                backend, entry.wide, f"{backend.told}{wider} (measured: {entry.told}{passed}){_told(backend)}"
-            )
+    passed = ""
+    for entry in entries(torch.cuda.get_device_capability(device), size, length, widens, repeats):
+        backend = BACKENDS[entry.backend]
+        if why := backend.obstacle(device, dtype, entry.wide):
+            passed = passed or f"; not {backend.told}: {why}"
+            continue
+        wider = f", heads of {size} as {entry.wide}" if entry.wide != size else ""
+        return Choice(backend, entry.wide, f"{backend.told}{wider} (measured: {entry.told}{passed}){_told(backend)}")
     if not repeats:
         told = f"PyTorch's choice of attention (head size {size} was not measured{passed})"
         return Choice(BACKENDS["sdpa"], size, told + _told(BACKENDS["sdpa"]))

@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -126,7 +126,24 @@ def make_mesh(
         return single()
     timeout_s = timeout_s or patience_s() + MARGIN_S
     assert dist.is_initialized() and dist.get_world_size() == world, "start() comes before make_mesh()"
-    grid = torch.arange(world).view(num_dp // cfg, cfg, num_sp // ulysses, ulysses)
+    return _mesh(rank, (num_dp // cfg, cfg, num_sp // ulysses, ulysses), lambda *told: _axis(*told, timeout_s))
+
+
+def pretend(world: int, dp: int | None, sp: int, *, ulysses: int = 1) -> Mesh:
+    """Rank 0's mesh of a world that is not there: for plans, whose tensors hold no numbers that could move."""
+    num_dp, num_sp = check_mesh(world, dp, sp)
+    assert num_sp % ulysses == 0, (num_sp, ulysses)
+
+    def axis(name: str, rank: int, members: list[tuple[int, ...]]) -> Axis:
+        return Axis(name, len(members[0]), 0, None, members[0])
+
+    return _mesh(0, (num_dp, 1, num_sp // ulysses, ulysses), axis)
+
+
+def _mesh(rank: int, sizes: tuple[int, int, int, int], make: Callable[[str, int, list[tuple[int, ...]]], Axis]) -> Mesh:
+    """The axes over a grid of pictures x cfg x ring x ulysses; ``make`` gets each with all its rows of ranks."""
+    world = math.prod(sizes)
+    grid = torch.arange(world).view(sizes)
     made: dict[tuple, Axis] = {}
 
     def axis(name: str, *dims: int) -> Axis:
@@ -136,7 +153,7 @@ def make_mesh(
         members = [tuple(row) for row in rows.tolist()]
         key = (name in ("sp", "ring", "ulysses"), next(row for row in members if rank in row))
         if key not in made:
-            made[key] = _axis(name, rank, members, timeout_s)
+            made[key] = make(name, rank, members)
         return replace(made[key], name=name)
 
     products = {"dp": (0, 1), "sp": (2, 3), "all": (0, 1, 2, 3)}
