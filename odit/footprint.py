@@ -1,0 +1,280 @@
+"""Bytes a rank holds in a layout, by formula: what scales with weights leaf by leaf, what scales with samples by a
+step of one or two blocks on meta tensors (memory.py), which thousands of layouts share.
+
+A step is fullest at one of four moments:
+
+  start of backward   state, working weights, sums of earlier micro-batches, all activations, a block's backward pass
+  its second block    one block's activations fewer, that block's gradients on their way
+  end of backward     all gradients, the activations of the first block
+  after it            gradients cast, summed over ranks and applied; no activations
+
+The last is a step of samples of a token each, weighed for each way of splitting weights; the first three are sums.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from odit import memory, models, ops, plan, train, tree
+from odit.config import Parallel, Run
+from odit.kernels import attention
+from odit.models.config import Config, Shape
+from odit.parallel import zero
+from odit.parallel import mesh as meshes
+from odit.plan import Plan
+
+BATCHES = (8, 16)  # of the weighed steps; bytes are affine in the samples and in the blocks
+
+
+class Weights(NamedTuple):
+    """Bytes of a rank that scale with the parameters, on the device while backward runs."""
+
+    masters: int
+    moments: int
+    ema: int
+    working: int
+    gradients: int
+    """As backward leaves them: whole ones in the working dtype, or this rank's parts in the masters'."""
+    sums: int
+    """Of what earlier micro-batches left."""
+    block: int
+    """Elements of the largest block, as the model sees it."""
+
+    @property
+    def standing(self) -> int:
+        """Between steps."""
+        return self.masters + self.moments + self.ema
+
+
+class Kept(NamedTuple):
+    """Bytes of a rank that scale with its samples: kept by a forward pass, of them in a block, and what backward needs
+    beside them."""
+
+    forward: float
+    block: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a rank of a layout holds."""
+
+    weights: Weights
+    kept: Kept
+    peak: int
+    """Tensors at the fullest moment."""
+    taken: int
+    """Memory that a graph's pool keeps to itself counted in: what has to fit."""
+    host: int
+
+
+def pretend(run: Run, shape: Shape, world: int, capability: tuple[int, int]) -> Plan:
+    """The plan of rank 0 of ``world`` GPUs that need not be there, with the kernels that they would have.
+
+    Raises ValueError for a layout that start-up refuses.
+    """
+    mesh = meshes.pretend(world, **_degrees(run, world))
+    p = run.parallel
+    here = replace(run, device="cpu", kernels="reference", parallel=replace(p, memory_gib=None))
+    composed = plan.compose(here, shape, mesh)
+    kernels = record(run, shape, composed.sequence, capability)
+    return replace(composed, run=replace(here, kernels=run.kernels), kernels=kernels, one_pass=p.offload == "none")
+
+
+def _degrees(run: Run, world: int) -> dict[str, Any]:
+    found = plan.checks.axes(run, world)
+    return {name: found[name] for name in ("dp", "sp", "ulysses")}
+
+
+def record(run: Run, shape: Shape, strategy: str, capability: tuple[int, int]) -> ops.Ops:
+    """The record that ``plan`` would choose on a GPU of this compute capability, where all libraries are there."""
+    from odit import kernels
+
+    if run.kernels == "reference":
+        return ops.flash()
+    size, found = run.model.head_size, attended(run, shape, strategy, capability)
+    if found is None:
+        return kernels.fused(ops.flash())
+    choice = attention.Choice(attention.BACKENDS[found.backend], found.wide, found.told)
+    return attention.with_attention(kernels.fused(ops.flash()), choice, size, strategy == "none")
+
+
+def attended(run: Run, shape: Shape, strategy: str, capability: tuple[int, int]) -> attention.Entry | None:
+    """The attention that is taken there; None where PyTorch chooses, or parts are merged by their log-sum-exp."""
+    if strategy in ("ring", "usp"):
+        return None
+    frames = models.of(run.model).time_space(run.model, shape.size)
+    length = models.num_tokens(run.model, shape.size) // frames
+    return next(iter(attention.entries(capability, run.model.head_size, length, True, run.deterministic)), None)
+
+
+def footprint(composed: Plan, capability: tuple[int, int]) -> Footprint:
+    """What a rank of this plan holds, which ``pretend`` made."""
+    run, num_micro = composed.run, composed.num_micro
+    w, kept = weights(composed), activations(composed, capability)
+    sums = w.sums if num_micro > 1 else 0
+    base = w.standing + w.working + sums
+    stage, dtype = composed.layout.stage, composed.dtype.itemsize
+    gathered = 3 * dtype * w.block if stage == 3 else 0  # this block's, and the rows and the room of the next one
+    sending = w.block * (2 * dtype + 4) if stage >= 2 else w.block * dtype
+    moments = (
+        base + gathered + kept.forward + kept.backward,
+        base + gathered + kept.forward - kept.block + kept.backward + sending,
+        base + gathered + w.gradients + kept.block + kept.backward,
+        after_backward(composed, capability),
+    )
+    peak = taken = max(moments)
+    if graphed(composed):  # captured before there are sums, and its pool stays beside them
+        peak = max(*(moment - sums for moment in moments[:3]), moments[3])
+    host = 0
+    if run.parallel.offload != "none":
+        num = sum(_sizes(composed))
+        host = memory.offload.host_bytes(num, composed.dtype)
+    return Footprint(w, kept, int(peak), int(taken), host)
+
+
+def graphed(composed: Plan) -> bool:
+    """Whether forward and backward would be one CUDA graph there (``Plan.graph_obstacle``)."""
+    one = composed.mesh.world == 1 and composed.run.parallel.offload == "none"
+    return one and composed.run.graphs and composed.dtype != torch.float16 and composed.front.text is None
+
+
+def _sizes(composed: Plan) -> list[int]:
+    """Elements of this rank's parts."""
+    specs = tree.leaves(composed.layout.specs)
+    return [torch.Size(s.local_shape(p.shape)).numel() for p, s in zip(tree.leaves(composed.declared), specs)]
+
+
+def weights(composed: Plan) -> Weights:
+    """Exact bytes by leaf: the table of ZeRO (README, what each stage costs and saves)."""
+    layout, size = composed.layout, composed.dtype.itemsize
+    specs, declared = tree.leaves(layout.specs), tree.items(composed.declared)
+    whole = [torch.Size(s.share_shape(p.shape)).numel() for (_, p), s in zip(declared, specs)]
+    local, trained = _sizes(composed), composed.trained
+    few = sum(n for n, t in zip(local, trained) if t)
+    inside = [path.startswith(f"{zero.BLOCKS}.") for path, _ in declared]
+    outer = sum(n for n, i in zip(whole, inside) if not i)
+    stays = composed.run.parallel.offload == "none"
+    held = {0: 0 if size == 4 else sum(whole), 3: outer}.get(layout.stage, sum(whole))
+    seen = few if layout.stage >= 2 else sum(n for n, t in zip(whole, trained) if t)
+    return Weights(
+        masters=4 * sum(local) * stays,
+        moments=8 * few * stays,
+        ema=4 * few * stays,
+        working=size * held,
+        gradients=(4 if layout.stage >= 2 else size) * seen * (stays or layout.stage < 2),
+        sums=4 * seen * stays,
+        block=max(_blocks(composed.declared, whole)),
+    )
+
+
+def _blocks(declared: tree.Tree, sizes: list[int]) -> list[int]:
+    numbered = tree.unflatten(declared, sizes)[zero.BLOCKS]
+    return [sum(tree.leaves(block)) for block in numbered]
+
+
+# ---------------------------------------------------------------------------------------------- weighed, and kept
+
+
+def activations(composed: Plan, capability: tuple[int, int]) -> Kept:
+    """Of this rank's micro-batch, from steps of few samples and blocks."""
+    run, mesh = composed.run, composed.mesh
+    key = replace(
+        _same(run), parallel=Parallel(dp=1, sp=mesh.sp.size, sequence=composed.sequence, remat=run.parallel.remat)
+    )
+    key = replace(key, parallel=replace(key.parallel, ulysses=run.parallel.ulysses, ring_fp8=run.parallel.ring_fp8))
+    few, more = _depths(run.model)
+    found = [[_weigh(key, composed.shape, capability, depth, b) for b in BATCHES] for depth in (few, more)]
+
+    def at(part: int, blocks: float) -> float:
+        """Affine in the samples, at two depths, and in the depth."""
+        ends = [_line(BATCHES, [each[part] for each in row], composed.micro_batch) for row in found]
+        return _line((few, more), ends, blocks)
+
+    forward = at(0, run.model.depth)
+    backward = max(at(1, few), at(1, more))
+    return Kept(forward, (at(0, more) - at(0, few)) / (more - few) * _step(run.model), backward)
+
+
+def _line(places: tuple[int, int], values: list[float], x: float) -> float:
+    (a, b), (y, z) = places, values
+    return y + (z - y) * (x - a) / (b - a)
+
+
+def _step(model: Config) -> int:
+    """Blocks of the depth that are one entry of the parameters."""
+    return 2 if model.arch == "latte" else 1
+
+
+def _depths(model: Config) -> tuple[int, int]:
+    return _step(model), 2 * _step(model)
+
+
+def _same(run: Run) -> Run:
+    """The run without what plays no part in activations, so that layouts share what was weighed."""
+    return replace(Run(), model=run.model, diffusion=run.diffusion, data=run.data, encoders=run.encoders,
+                   finetune=run.finetune, init_from=run.init_from, precision=run.precision, kernels=run.kernels,
+                   deterministic=run.deterministic, sampling=run.sampling, evaluate=False, global_batch=1)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _weigh(run: Run, shape: Shape, capability: tuple[int, int], depth: int, batch: int) -> tuple[int, int]:
+    """(kept by the forward pass, needed beside it by backward) of so many blocks and samples, in bytes."""
+    run = replace(run, model=replace(run.model, depth=depth), global_batch=batch)
+    composed = _on_meta(pretend(run, shape, run.parallel.sp or 1, capability))
+    layout, device = composed.layout, memory.META
+    parts = [s.local_shape(p.shape) for p, s in zip(tree.leaves(composed.declared), tree.leaves(layout.specs))]
+    sample, trained = composed.shape.sample, composed.trained
+    with memory.Weigh([]) as weigh:
+        held = layout.hold(tree.unflatten(composed.declared, [torch.empty(s, device=device) for s in parts]))
+        leaves = [p.detach() for p in tree.leaves(held.whole)]
+        wanted = [p.requires_grad_() for p, t in zip(leaves, trained) if t]
+        before = weigh.now()
+        x = torch.empty(batch, *sample, device=device)
+        y = tree.map(lambda c: c.expand(batch, *c.shape[1:]), composed.null)
+        dropped_B = torch.empty(batch, dtype=torch.bool, device=device)
+        t_B = composed.objective.draw_times(*(torch.empty(batch, device=device) for _ in range(2)))
+        draws = train.Draws(t_B, torch.empty_like(x), dropped_B)
+        targets = tree.unflatten(composed.declared, leaves)
+        loss = train.losses(composed, *composed.view(targets, held), x, y, draws).sum()
+        kept = weigh.now() - before
+        torch.autograd.grad(loss, wanted, allow_unused=True)
+        return kept, weigh.peak - before - kept
+
+
+def _on_meta(composed: Plan) -> Plan:
+    return replace(
+        composed,
+        device=memory.META,
+        objective=memory._on_meta(composed.objective),
+        kernels=memory.flash_on_meta(composed.kernels),
+        front=memory._embedded(composed),
+    )
+
+
+def after_backward(composed: Plan, capability: tuple[int, int]) -> float:
+    """The peak of a step of samples of hardly any tokens, from steps of few blocks."""
+    run, mesh, p = composed.run, composed.mesh, composed.run.parallel
+    sp = mesh.sp.size if composed.claimed else 1
+    micro = 2 if composed.num_micro > 1 else 1
+    parallel = Parallel(dp=mesh.world // sp, sp=sp, zero=p.zero, reduce=p.reduce, offload=p.offload)
+    parallel = replace(parallel, sequence=composed.sequence if sp > 1 else "auto")
+    key = replace(_same(run), optimizer=run.optimizer, parallel=parallel, micro_batch=1, graphs=run.graphs)
+    key = replace(key, global_batch=micro * parallel.dp)
+    patch, clip = run.model.patch, len(composed.shape.size) == 3
+    small = replace(
+        composed.shape, size=(*((2 * run.model.frame_patch,) if clip else ()), patch * max(sp, 1), patch)
+    )
+    few, more = _depths(run.model)
+    found = [_weigh_step(key, small, capability, mesh.world, depth) for depth in (few, more)]
+    return _line((few, more), found, run.model.depth)
+
+
+@functools.lru_cache(maxsize=4096)
+def _weigh_step(run: Run, shape: Shape, capability: tuple[int, int], world: int, depth: int) -> int:
+    run = replace(run, model=replace(run.model, depth=depth))
+    return memory.predict(pretend(run, shape, world, capability)).peak
