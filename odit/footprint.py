@@ -23,8 +23,8 @@ from odit import memory, models, ops, plan, train, tree
 from odit.config import Parallel, Run
 from odit.kernels import attention
 from odit.models.config import Config, Shape
-from odit.parallel import zero
 from odit.parallel import mesh as meshes
+from odit.parallel import zero
 from odit.plan import Plan
 
 BATCHES = (8, 16)  # of the weighed steps; bytes are affine in the samples and in the blocks
@@ -266,9 +266,7 @@ def after_backward(composed: Plan, capability: tuple[int, int]) -> float:
     key = replace(_same(run), optimizer=run.optimizer, parallel=parallel, micro_batch=1, graphs=run.graphs)
     key = replace(key, global_batch=micro * parallel.dp)
     patch, clip = run.model.patch, len(composed.shape.size) == 3
-    small = replace(
-        composed.shape, size=(*((2 * run.model.frame_patch,) if clip else ()), patch * max(sp, 1), patch)
-    )
+    small = replace(composed.shape, size=(*((2 * run.model.frame_patch,) if clip else ()), patch * max(sp, 1), patch))
     few, more = _depths(run.model)
     found = [_weigh_step(key, small, capability, mesh.world, depth) for depth in (few, more)]
     return _line((few, more), found, run.model.depth)

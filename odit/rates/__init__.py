@@ -105,7 +105,7 @@ class Rates:
     def _filled(self, m: int, n: int, k: int) -> float:
         """Share of the multiprocessors' time that is work, by whole waves of tiles; a long k is split among them."""
         tiles = m * n / math.prod(TILE)
-        if k > m and k > n or tiles > MANY_WAVES * self.multiprocessors:
+        if (k > m and k > n) or tiles > MANY_WAVES * self.multiprocessors:
             return 1.0
         whole = -(-m // TILE[0]) * -(-n // TILE[1])
         return tiles / (-(-whole // self.multiprocessors) * self.multiprocessors)
