@@ -210,8 +210,8 @@ def _step(model: Config) -> int:
     return 2 if model.arch == "latte" else 1
 
 
-def _depths(model: Config) -> tuple[int, int]:
-    return _step(model), 2 * _step(model)
+def _depths(model: Config, least: int = 1) -> tuple[int, int]:
+    return least * _step(model), (least + 1) * _step(model)
 
 
 def _same(run: Run) -> Run:
@@ -267,7 +267,7 @@ def after_backward(composed: Plan, capability: tuple[int, int]) -> float:
     key = replace(key, global_batch=micro * parallel.dp)
     patch, clip = run.model.patch, len(composed.shape.size) == 3
     small = replace(composed.shape, size=(*((2 * run.model.frame_patch,) if clip else ()), patch * max(sp, 1), patch))
-    few, more = _depths(run.model)
+    few, more = _depths(run.model, 3)  # with fewer blocks not all that is under way at once is there
     found = [_weigh_step(key, small, capability, mesh.world, depth) for depth in (few, more)]
     return _line((few, more), found, run.model.depth)
 
