@@ -14,6 +14,7 @@ The last is a step of samples of a token each, weighed for each way of splitting
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from odit.config import Parallel, Run
 from odit.kernels import attention
 from odit.models.config import Config, Shape
 from odit.parallel import mesh as meshes
-from odit.parallel import zero
+from odit.parallel import offload, zero
 from odit.plan import Plan
 
 BATCHES = (8, 16)  # of the weighed steps; bytes are affine in the samples and in the blocks
@@ -118,7 +119,7 @@ def footprint(composed: Plan, capability: tuple[int, int]) -> Footprint:
     w, kept = weights(composed), activations(composed, capability)
     sums = w.sums if num_micro > 1 else 0
     base = w.standing + w.working + sums
-    stage, dtype = composed.layout.stage, composed.dtype.itemsize
+    stage, dtype = run.parallel.zero, composed.dtype.itemsize
     gathered = 3 * dtype * w.block if stage == 3 else 0  # this block's, and the rows and the room of the next one
     sending = w.block * (2 * dtype + 4) if stage >= 2 else w.block * dtype
     moments = (
@@ -132,8 +133,10 @@ def footprint(composed: Plan, capability: tuple[int, int]) -> Footprint:
         peak = max(*(moment - sums for moment in moments[:3]), moments[3])
     host = 0
     if run.parallel.offload != "none":
-        num = sum(_sizes(composed))
-        host = memory.offload.host_bytes(num, composed.dtype)
+        leaves, size = parts(composed), composed.dtype.itemsize
+        few = sum(x.local for x in leaves if x.trained)  # frozen leaves have a master and a working copy alone
+        frozen = sum(x.local for x in leaves) - few
+        host = offload.host_bytes(few, composed.dtype) + frozen * (4 + size)
     return Footprint(w, kept, int(peak), int(taken), host)
 
 
@@ -143,38 +146,63 @@ def graphed(composed: Plan) -> bool:
     return one and composed.run.graphs and composed.dtype != torch.float16 and composed.front.text is None
 
 
-def _sizes(composed: Plan) -> list[int]:
-    """Elements of this rank's parts."""
-    specs = tree.leaves(composed.layout.specs)
-    return [torch.Size(s.local_shape(p.shape)).numel() for p, s in zip(tree.leaves(composed.declared), specs)]
+class Part(NamedTuple):
+    """A leaf as one rank has it."""
+
+    seen: int
+    """Elements that the model sees: all, or a strategy's share."""
+    local: int
+    """Elements that are stored here."""
+    block: int
+    """-1 outside the blocks."""
+    split: bool
+    """Whether ZeRO splits it."""
+    claimed: bool
+    """Whether a strategy has claimed it over sp."""
+    trained: bool
+
+
+def parts(composed: Plan) -> tuple[Part, ...]:
+    """The leaves in order; layouts that split weights alike share what was found."""
+    run, mesh, p = composed.run, composed.mesh, composed.run.parallel
+    parallel = Parallel(dp=mesh.dp.size, sp=mesh.sp.size, sequence=composed.sequence, zero=p.zero, ulysses=p.ulysses)
+    return _parts(replace(_same(run), parallel=parallel, global_batch=mesh.dp.size), composed.shape, mesh.world)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(run: Run, shape: Shape, world: int) -> tuple[Part, ...]:
+    composed = pretend(run, shape, world, (0, 0))
+    found = zip(tree.items(composed.declared), tree.leaves(composed.layout.specs), composed.trained)
+
+    def part(path: str, p: Any, s: Any, trained: bool) -> Part:
+        first, place, *_ = f"{path}.".split(".")
+        seen, local = (math.prod(shape) for shape in (s.share_shape(p.shape), s.local_shape(p.shape)))
+        block = int(place) if first == zero.BLOCKS else -1
+        return Part(seen, local, block, s.dim is not None, s.claimed is not None, trained)
+
+    return tuple(part(path, p, s, trained) for (path, p), s, trained in found)
 
 
 def weights(composed: Plan) -> Weights:
     """Exact bytes by leaf: the table of ZeRO (README, what each stage costs and saves)."""
-    layout, size = composed.layout, composed.dtype.itemsize
-    specs, declared = tree.leaves(layout.specs), tree.items(composed.declared)
-    whole = [torch.Size(s.share_shape(p.shape)).numel() for (_, p), s in zip(declared, specs)]
-    local, trained = _sizes(composed), composed.trained
-    few = sum(n for n, t in zip(local, trained) if t)
-    inside = [path.startswith(f"{zero.BLOCKS}.") for path, _ in declared]
-    outer = sum(n for n, i in zip(whole, inside) if not i)
+    leaves, stage, size = parts(composed), composed.run.parallel.zero, composed.dtype.itemsize
     stays = composed.run.parallel.offload == "none"
-    held = {0: 0 if size == 4 else sum(whole), 3: outer}.get(layout.stage, sum(whole))
-    seen = few if layout.stage >= 2 else sum(n for n, t in zip(whole, trained) if t)
+    local = sum(x.local for x in leaves)
+    few = sum(x.local for x in leaves if x.trained)
+    held = 0 if stage == 0 and size == 4 else sum(x.seen for x in leaves if stage < 3 or x.block < 0)
+    seen = few if stage >= 2 else sum(x.seen for x in leaves if x.trained)
+    blocks = [0] * (1 + max(x.block for x in leaves))
+    for x in leaves:
+        blocks[x.block] += x.seen * (x.block >= 0)
     return Weights(
-        masters=4 * sum(local) * stays,
+        masters=4 * local * stays,
         moments=8 * few * stays,
         ema=4 * few * stays,
         working=size * held,
-        gradients=(4 if layout.stage >= 2 else size) * seen * (stays or layout.stage < 2),
+        gradients=(4 if stage >= 2 else size) * seen * (stays or stage < 2),
         sums=4 * seen * stays,
-        block=max(_blocks(composed.declared, whole)),
+        block=max(blocks),
     )
-
-
-def _blocks(declared: tree.Tree, sizes: list[int]) -> list[int]:
-    numbered = tree.unflatten(declared, sizes)[zero.BLOCKS]
-    return [sum(tree.leaves(block)) for block in numbered]
 
 
 # ---------------------------------------------------------------------------------------------- weighed, and kept

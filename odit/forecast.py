@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from odit import checks, models
+from odit import models
 from odit.config import Parallel, Run
 from odit.footprint import Footprint, footprint, graphed, pretend
 from odit.models.config import Shape

@@ -14,17 +14,14 @@ beside them; ranks that wait for a slower one.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from odit import models, tree
-from odit.footprint import attended, graphed
-from odit.parallel import sequence, zero
+from odit import models
+from odit.footprint import Part, attended, graphed, parts
+from odit.parallel import sequence
 from odit.parallel.collectives import shares
-from odit.parallel.spec import Spec
-from odit.param import Param
 from odit.plan import Plan
 from odit.rates import Link, Rates
 
@@ -192,7 +189,7 @@ def _ends_s(composed: Plan, machine: Rates) -> float:
 def _optimizer_s(composed: Plan, machine: Rates) -> float:
     """36 bytes a parameter and more; of parts where ZeRO splits them. On the host the ranks of a machine share it."""
     whole, local = _counts(composed)
-    size, stage, m = composed.dtype.itemsize, composed.layout.stage, composed.num_micro
+    size, stage, m = composed.dtype.itemsize, composed.run.parallel.zero, composed.num_micro
     seen = local if stage >= 2 else whole
     g = size if composed.sums_dtype is not None else 4
     sums = 0 if g == size else (size + 4) * whole + (m - 1) * (8 + size) * seen
@@ -207,8 +204,8 @@ def _optimizer_s(composed: Plan, machine: Rates) -> float:
 
 def _counts(composed: Plan) -> tuple[int, int]:
     """Elements that the model sees and those of this rank's parts."""
-    pairs = list(zip(tree.leaves(composed.declared), tree.leaves(composed.layout.specs)))
-    return tuple(sum(math.prod(getattr(s, name)(p.shape)) for p, s in pairs) for name in ("share_shape", "local_shape"))
+    leaves = parts(composed)
+    return sum(x.seen for x in leaves), sum(x.local for x in leaves)
 
 
 # ---------------------------------------------------------------------------------------------------- between ranks
@@ -217,41 +214,33 @@ def _counts(composed: Plan) -> tuple[int, int]:
 def passed(composed: Plan) -> Passed:
     """Bytes received in a step, exactly: gathers in the working dtype, reductions in theirs (README, ZeRO)."""
     inside, outside = _bundles(composed)
-    stage, m = composed.layout.stage, composed.num_micro
+    stage, m = composed.run.parallel.zero, composed.num_micro
     gathers = 2 * m if stage == 3 else min(stage, 1)
-    gathered = sum(gathers * b.gathered for b in inside) + min(stage, 1) * sum(b.gathered for b in outside)
-    reduced = (m if stage >= 2 else 1) * sum(b.reduced for b in [*inside, *outside])
+    gathered = sum(gathers * b.gathered for b in inside) + min(stage, 1) * outside.gathered
+    reduced = (m if stage >= 2 else 1) * sum(b.reduced for b in [*inside, outside])
     return Passed(gathered, reduced)
 
 
-def _bundles(composed: Plan) -> tuple[list[Passed], list[Passed]]:
+def _bundles(composed: Plan) -> tuple[list[Passed], Passed]:
     """One gather and one reduction of each block, and of what is outside them."""
-    layout = composed.layout
-    declared, specs = layout.declared, layout.specs
-    inside = [_bundle(composed, d, s) for d, s in zip(declared[zero.BLOCKS], specs[zero.BLOCKS])]
-    rest = ({k: v for k, v in t.items() if k != zero.BLOCKS} for t in (declared, specs))
-    return inside, [_bundle(composed, *rest)]
+    leaves: dict[int, list[Part]] = {}
+    for x in parts(composed):
+        leaves.setdefault(x.block, []).append(x)
+    outside = _bundle(composed, leaves.pop(-1))
+    return [_bundle(composed, found) for found in leaves.values()], outside
 
 
-def _bundle(composed: Plan, declared: tree.Tree, specs: tree.Tree) -> Passed:
-    layout, gathered, reduced = composed.layout, 0, 0
-    pairs = list(zip(tree.leaves(declared), tree.leaves(specs)))
-    for axis, chosen in (
-        (layout.axis, [(p, s) for p, s in pairs if s.claimed is None]),
-        (layout.dp, [(p, s) for p, s in pairs if s.claimed is not None]),
-    ):
-        split, whole = (_elements(chosen, lambda s, way=way: (s.dim is not None) == way) for way in (True, False))
-        n = axis.size
-        if layout.stage >= 2:
-            reduced += (split - split // n) + _all_reduced(whole, n)
-        else:
-            reduced += _all_reduced(split + whole, n)
-        gathered += split - split // n if layout.stage else 0
-    return Passed(gathered * layout.dtype.itemsize, reduced * layout.reduce_dtype.itemsize)
-
-
-def _elements(pairs: list[tuple[Param, Spec]], chosen: Callable[[Spec], bool]) -> int:
-    return sum(math.prod(s.share_shape(p.shape)) for p, s in pairs if chosen(s))
+def _bundle(composed: Plan, leaves: list[Part]) -> Passed:
+    """What is claimed over sp travels apart, along dp alone (parallel/bundle.py)."""
+    mesh, p, gathered, reduced = composed.mesh, composed.run.parallel, 0, 0
+    for n, claimed in ((mesh.all.size, False), (mesh.dp.size, True)):
+        chosen = [x for x in leaves if x.claimed == claimed]
+        split = sum(x.seen for x in chosen if x.split)
+        whole = sum(x.seen for x in chosen if not x.split)
+        parts_alone = split - split // n
+        reduced += parts_alone + _all_reduced(whole, n) if p.zero >= 2 else _all_reduced(split + whole, n)
+        gathered += parts_alone if p.zero else 0
+    return Passed(gathered * composed.dtype.itemsize, reduced * (2 if p.reduce == "bf16" else 4))
 
 
 def _all_reduced(num: int, n: int) -> int:
@@ -269,14 +258,13 @@ def _weights_s(composed: Plan, block: Block, link: Link) -> float:
     if composed.mesh.world == 1:
         return 0.0
     inside, outside = _bundles(composed)
-    stage, m = composed.layout.stage, composed.num_micro
+    stage, m = composed.run.parallel.zero, composed.num_micro
 
     def seconds(num_bytes: float) -> float:
         return num_bytes / link.gb_per_s / 1e9 + 1e-6 * link.launch_us if num_bytes else 0.0
 
     gather, reduce = (sum(seconds(b[i]) for b in inside) for i in (0, 1))
-    once = sum(seconds(b.gathered) for b in outside) * min(stage, 1)
-    ends = sum(seconds(b.reduced) for b in outside)
+    once, ends = seconds(outside.gathered) * min(stage, 1), seconds(outside.reduced)
     if stage <= 1:
         return once + ends + reduce + (gather if stage else 0.0)
     num = len(inside)
@@ -302,5 +290,5 @@ def _tokens_s(composed: Plan, machine: Rates, link: Link) -> float:
     each = sequence.exposed(
         composed.sequence, place, composed.micro_batch, cfg.head_size, composed.dtype.itemsize, told
     )
-    num = len(composed.declared[zero.BLOCKS])
+    num = 1 + max(x.block for x in parts(composed))
     return num * each * (1 + (composed.run.parallel.remat != "none") / 2)
