@@ -1,5 +1,6 @@
 """Measures: ``python experiments/bench.py kernels | attention | optimizer | train | sample | zero | sequence |
-encoders``. One JSON object a row; ``table`` makes Markdown of them."""
+encoders | rates``. One JSON object a row; rates also writes what experiments/plan.py forecasts by; ``table`` makes
+Markdown of rows."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Callable
 import tyro
 
 from odit import health
-from odit.bench import attention, encoders, kernels, optimizer, sample, sequence, table, train, zero
+from odit.bench import attention, encoders, kernels, optimizer, rates, sample, sequence, table, train, zero
 
 BENCHES: dict[str, Callable] = {
     "kernels": kernels.kernels,
@@ -19,6 +20,7 @@ BENCHES: dict[str, Callable] = {
     "zero": zero.zero,
     "sequence": sequence.sequence,
     "encoders": encoders.encoders,
+    "rates": rates.rates,
     "table": table.table,
 }
 

@@ -83,7 +83,8 @@ def pretend(run: Run, shape: Shape, world: int, capability: tuple[int, int]) -> 
     here = replace(run, device="cpu", kernels="reference", parallel=replace(p, memory_gib=None))
     composed = plan.compose(here, shape, mesh)
     kernels = record(run, shape, composed.sequence, capability)
-    return replace(composed, run=replace(here, kernels=run.kernels), kernels=kernels, one_pass=p.offload == "none")
+    one_pass = run.kernels != "reference" and p.offload == "none"
+    return replace(composed, run=replace(here, kernels=run.kernels), kernels=kernels, one_pass=one_pass)
 
 
 def _degrees(run: Run, world: int) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def record(run: Run, shape: Shape, strategy: str, capability: tuple[int, int]) -
     from odit import kernels
 
     if run.kernels == "reference":
-        return ops.flash()
+        return ops.Ops()
     size, found = run.model.head_size, attended(run, shape, strategy, capability)
     if found is None:
         return kernels.fused(ops.flash())
@@ -120,12 +121,12 @@ def footprint(composed: Plan, capability: tuple[int, int]) -> Footprint:
     sums = w.sums if num_micro > 1 else 0
     base = w.standing + w.working + sums
     stage, dtype = run.parallel.zero, composed.dtype.itemsize
-    gathered = 3 * dtype * w.block if stage == 3 else 0  # this block's, and the rows and the room of the next one
-    sending = w.block * (2 * dtype + 4) if stage >= 2 else w.block * dtype
+    whole = dtype * w.block if stage == 3 else 0  # a gathered block, and as much again for the rows of the next one
+    sending = w.block * (dtype + (2 if run.parallel.reduce == "bf16" else 4)) if stage >= 2 else w.block * dtype
     moments = (
-        base + gathered + kept.forward + kept.backward,
-        base + gathered + kept.forward - kept.block + kept.backward + sending,
-        base + gathered + w.gradients + kept.block + kept.backward,
+        base + 2 * whole + kept.forward + kept.backward,
+        base + 2 * whole + kept.forward - kept.block + kept.backward + sending,
+        base + whole + w.gradients + kept.block + kept.backward + (sending if stage >= 2 else 0),
         after_backward(composed, capability),
     )
     peak = taken = max(moments)
@@ -278,9 +279,9 @@ def _on_meta(composed: Plan) -> Plan:
     return replace(
         composed,
         device=memory.META,
-        objective=memory._on_meta(composed.objective),
+        objective=memory.on_meta(composed.objective),
         kernels=memory.flash_on_meta(composed.kernels),
-        front=memory._embedded(composed),
+        front=memory.embedded(composed),
     )
 
 

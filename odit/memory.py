@@ -35,9 +35,9 @@ class Memory(NamedTuple):
 
 def predict(plan: Plan) -> Memory:
     """Weighs a step of ``plan`` as this rank of its mesh would run it; offload auto counts with all on the host."""
-    kernels, objective = flash_on_meta(plan.kernels), _on_meta(plan.objective)
+    kernels, objective = flash_on_meta(plan.kernels), on_meta(plan.objective)
     fake = dataclasses.replace(
-        plan, device=META, objective=objective, kernels=kernels, compiled=False, front=_embedded(plan)
+        plan, device=META, objective=objective, kernels=kernels, compiled=False, front=embedded(plan)
     )
     layout = fake.layout
     offloads = plan.run.parallel.offload != "none"
@@ -81,13 +81,14 @@ def _frozen(front: Front) -> int:
 
 
 class Weigh(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make while it is on, but not those of ``elsewhere``.
+    """Counts the bytes of all storages that operators make on a device while it is on, but not those of ``elsewhere``.
 
     ``peak`` is exact to ``SLACK``: summing at every operator of a growing step would take many seconds.
     """
 
-    def __init__(self, elsewhere: list[torch.Tensor]):
+    def __init__(self, elsewhere: list[torch.Tensor], device: torch.device = META):
         super().__init__()
+        self.device = device
         self.elsewhere = {x.untyped_storage()._cdata for x in elsewhere}
         self.refs: dict[int, StorageWeakRef] = {}  # by address
         self.loose: dict[int, StorageWeakRef] = {}  # those that were seen freed, to be filled again
@@ -98,7 +99,7 @@ class Weigh(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in _pytree.tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.is_meta:
+            if isinstance(x, torch.Tensor) and x.device == self.device:
                 storage = x.untyped_storage()
                 if storage._cdata not in self.sizes and storage._cdata not in self.elsewhere:
                     self.refs[storage._cdata] = StorageWeakRef(storage)
@@ -155,7 +156,7 @@ def _gradients(plan: Plan, params: tree.Tree, down: _Down | None) -> tree.Tree:
     return plan.layout.reduce(total)
 
 
-def _embedded(plan: Plan) -> Front:
+def embedded(plan: Plan) -> Front:
     """A front that gives features of captions at once: what encoders hold is not weighed."""
     S, E = plan.shape.text_length, plan.shape.text_width
     if not E:
@@ -168,7 +169,7 @@ def _embedded(plan: Plan) -> Front:
     return Front(features)
 
 
-def _on_meta(objective: Any) -> Any:
+def on_meta(objective: Any) -> Any:
     return objective.to(META) if hasattr(objective, "to") else objective
 
 

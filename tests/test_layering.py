@@ -9,11 +9,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PURE = {
     *("tree", "random", "param", "ops", "nn", "models", "diffusion", "optim", "data", "metrics", "convert", "config"),
-    *("compiling", "finetune", "encoders", "judge", "media", "remat", "graphs", "storage", "fidelity"),
+    *("compiling", "finetune", "encoders", "judge", "media", "remat", "graphs", "storage", "fidelity", "rates"),
 }
 BOTH_SIDES = {
     *("plan", "checks", "front", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"),
-    *("initial", "source", "bench", "manifest", "shards", "saving", "crash"),
+    *("initial", "source", "bench", "manifest", "shards", "saving", "crash", "forecast", "footprint", "pace"),
     *("ablation", "comparison"),
 }
 ALLOWED = {

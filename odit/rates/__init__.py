@@ -139,12 +139,18 @@ def _distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:
     return sum(math.log(x / y) ** 2 for x, y in zip(a, b))
 
 
-def load(name: str | Path) -> Rates:
-    """The shipped table of that name, or a file's; raises ValueError for what is neither."""
+def find(name: str | Path) -> Path:
+    """The file of a shipped table or of any other; raises ValueError for what is neither."""
     file = SHIPPED / f"{name}.json" if (SHIPPED / f"{name}.json").exists() else Path(name)
     if not file.is_file():
         shipped = ", ".join(sorted(f.stem for f in SHIPPED.glob("*.json")))
         raise ValueError(f"machine is {name}: use {shipped}, or the file that python experiments/bench.py rates wrote")
+    return file
+
+
+def load(name: str | Path) -> Rates:
+    """The shipped table of that name, or a file's; raises ValueError for what is neither."""
+    file = find(name)
     try:
         return parse(json.loads(file.read_text()))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
