@@ -225,8 +225,7 @@ def activations(composed: Plan, capability: tuple[int, int]) -> Kept:
         return _line((few, more), ends, blocks)
 
     forward = at(0, run.model.depth)
-    backward = max(at(1, few), at(1, more))
-    return Kept(forward, (at(0, more) - at(0, few)) / (more - few) * _step(run.model), backward)
+    return Kept(forward, (at(0, more) - at(0, few)) / (more - few) * _step(run.model), at(1, few))
 
 
 def _line(places: tuple[int, int], values: list[float], x: float) -> float:
