@@ -20,27 +20,27 @@ H200 = rates.load("h200")
 KEY = random.key(5)
 RUN = dataclasses.replace(
     config.presets()["digits"][1],
-    global_batch=32,
+    global_batch=16,
     precision="bf16",
     evaluate=False,
     kernels="reference",
     data=data.Config(source="synthetic", image_size=16, channels=3, num_classes=10, held_out=0.0),
-    model=dit.Config(width=96, depth=6, heads=4, patch=2),
+    model=dit.Config(width=64, depth=4, heads=4, patch=2),
 )
 LAYOUTS = {
     "zero 0": (Parallel(), None),
     "zero 0, micro": (Parallel(), 2),
     "zero 1": (Parallel(zero=1), None),
     "zero 2": (Parallel(zero=2), None),
-    "zero 2, micro, selective": (Parallel(zero=2, remat="selective"), 4),
+    "zero 2, micro, selective": (Parallel(zero=2, remat="selective"), 2),
     "zero 3": (Parallel(zero=3), None),
-    "zero 3, micro, block": (Parallel(zero=3, remat="block"), 4),
+    "zero 3, micro, block": (Parallel(zero=3, remat="block"), 2),
     "zero 3, bf16 sums": (Parallel(zero=3, reduce="bf16"), None),
     "zero 1, ulysses": (Parallel(zero=1, sp=2, sequence="ulysses"), None),
     "zero 3, fastseq": (Parallel(zero=3, sp=4, sequence="fastseq"), None),
-    "zero 0, ring, block": (Parallel(sp=2, sequence="ring", remat="block"), 8),
+    "zero 0, ring, block": (Parallel(sp=2, sequence="ring", remat="block"), 4),
     "zero 2, megatron": (Parallel(zero=2, sp=2, sequence="megatron"), None),
-    "zero 3, megatron": (Parallel(zero=3, sp=4, sequence="megatron"), 16),
+    "zero 3, megatron": (Parallel(zero=3, sp=4, sequence="megatron"), 8),
     "zero 1, usp": (Parallel(zero=1, sp=4, sequence="usp", ulysses=2), None),
 }
 CASES = pytest.mark.parametrize("layout", LAYOUTS)
@@ -66,6 +66,7 @@ def test_bytes_are_those_of_a_weighed_step(layout):
     assert held(run).taken == pytest.approx(memory.predict(told(run)).peak, rel=0.04)
 
 
+@pytest.mark.every(4)
 @CASES
 def test_bytes_and_traffic_are_those_of_four_ranks(layout, ranks):
     run = run_of(layout)
@@ -73,7 +74,7 @@ def test_bytes_and_traffic_are_those_of_four_ranks(layout, ranks):
     found = ranks.run(4, counted_on, run, dp=4 // (p.sp or 1), sp=p.sp or 1, ulysses=p.ulysses or 1)
     expected = held(run)
     for peak, standing, *_ in found:
-        assert standing == expected.weights.standing
+        assert standing == expected.weights.standing + 8  # the count of updates
         assert expected.taken == pytest.approx(peak, rel=0.05)
     assert pace.passed(told(run)) == found[0][2:]
 
@@ -84,7 +85,6 @@ def counted_on(mesh, run):
     composed = plan.make(dataclasses.replace(run, device="cpu"), dataset, mesh)
     share = (mesh.dp.rank, mesh.dp.size)
     (batch,) = loader.batches(dataset, KEY, global_batch=run.global_batch, stop=1, part=share)
-    train.gradients(composed, train.init_state(composed, KEY).params, batch, KEY)  # fills the caches of constants
     step = train.make_step(composed)
     with memory.Weigh([], torch.device("cpu")) as weigh:
         state = train.init_state(composed, KEY)
