@@ -34,7 +34,7 @@ LAYOUTS = {
     "zero 2": (Parallel(zero=2), None),
     "zero 2, micro, selective": (Parallel(zero=2, remat="selective"), 2),
     "zero 3": (Parallel(zero=3), None),
-    "zero 3, micro, block": (Parallel(zero=3, remat="block"), 2),
+    "zero 3, block": (Parallel(zero=3, remat="block"), None),
     "zero 3, bf16 sums": (Parallel(zero=3, reduce="bf16"), None),
     "zero 1, ulysses": (Parallel(zero=1, sp=2, sequence="ulysses"), None),
     "zero 3, fastseq": (Parallel(zero=3, sp=4, sequence="fastseq"), None),
