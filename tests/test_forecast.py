@@ -63,7 +63,7 @@ def held(run: config.Run, world: int = 4):
 @CASES
 def test_bytes_are_those_of_a_weighed_step(layout):
     run = run_of(layout)
-    assert held(run).taken == pytest.approx(memory.predict(told(run)).peak, rel=0.04)
+    assert held(run).taken == pytest.approx(memory.predict(told(run)).peak, rel=0.05)
 
 
 @pytest.mark.every(4)
