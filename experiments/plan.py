@@ -33,7 +33,7 @@ class Plan:
     """Samples a step, over all ranks; the preset's unless given."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Dtype of matrix products."""
-    deterministic: bool = True
+    deterministic: bool | None = None
     """As train.py's: off is faster where samples have thousands of tokens."""
     machine: str = "h200"
     """A table of rates that ships (h200), or a file that bench.py rates wrote."""

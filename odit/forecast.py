@@ -22,6 +22,7 @@ from odit.rates import Link, Rates
 
 GRAPH_SPARE = 3.5  # GiB that a graph's pool was seen to reserve beside what a step's tensors need (1 to 3.5)
 GIB = 2**30
+DETERMINISTIC = {None: [], True: ["--deterministic"], False: ["--no-deterministic"]}
 REMATS = ("none", "selective", "block")
 
 
@@ -151,7 +152,7 @@ def command(preset: str, found: Forecast, gpus: int, node: int) -> str:
     words = [f"{start} experiments/train.py {preset}", f"--global-batch {run.global_batch}"]
     share = run.global_batch // found.dp
     words += [f"--micro-batch {found.micro_batch}"] * (found.micro_batch != share)
-    words += [f"--precision {run.precision}"] + ["--no-deterministic"] * (not run.deterministic)
+    words += [f"--precision {run.precision}"] + DETERMINISTIC[run.deterministic]
     words += [f"--parallel.sp {found.sp} --parallel.sequence {found.sequence}"] * (found.sp > 1)
     for name in ("zero", "remat", "offload", "reduce"):
         if getattr(p, name) != getattr(Parallel(), name):

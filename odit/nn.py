@@ -87,7 +87,12 @@ def kept(make: Callable) -> Callable:
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(make, *args).result()
 
-    return lambda *args: (make if torch.compiler.is_compiling() else once)(*args)
+    @functools.wraps(make)
+    def run(*args: Any) -> Any:
+        return (make if torch.compiler.is_compiling() else once)(*args)
+
+    run.once = once  # type: ignore
+    return run
 
 
 def timestep_features(t_B: Tensor, dim: int, freqs: Literal["dit", "diffusers"] = "dit") -> Tensor:

@@ -72,11 +72,8 @@ def pace(composed: Plan, machine: Rates, capability: tuple[int, int], links: dic
     products = _products_s(composed, machine, capability)
     attention = _attention_s(composed, machine, capability)
     passes = _passes_s(composed, machine)
-    again = {"none": (0, 0, 0), "block": (1, 1, 1), "selective": (None, 0, 1)}[run.parallel.remat]
-    recomputed = [
-        _widening_s(composed, machine, capability) if times is None else times * part.forward
-        for times, part in zip(again, (products, attention, passes))
-    ]
+    again = {"none": (0, 0, 0), "block": (1, 1, 1), "selective": (0, 0, 1)}[run.parallel.remat]
+    recomputed = [times * part.forward for times, part in zip(again, (products, attention, passes))]
     ends = _ends_s(composed, machine)
     blocks = [m * depth * (p.forward + p.backward + r) for p, r in zip((products, attention, passes), recomputed)]
     one = Block(*(sum(p[i] for p in (products, attention, passes)) for i in (0, 1)), sum(recomputed))
@@ -132,12 +129,6 @@ def _product_s(machine: Rates, m: int, n: int, k: int, precision: str) -> tuple[
 def _products_s(composed: Plan, machine: Rates, capability: tuple[int, int]) -> Block:
     found = [_product_s(machine, *s, composed.run.precision) for s in _shapes(composed, capability)]
     return Block(sum(f for f, _ in found), sum(b for _, b in found), 0.0)
-
-
-def _widening_s(composed: Plan, machine: Rates, capability: tuple[int, int]) -> float:
-    """The products that remat selective runs again: into q, k, v and into the mlp."""
-    shapes = (s for s in _shapes(composed, capability) if s[1] > s[2])
-    return sum(machine.product_s(*s, composed.run.precision) for s in shapes)
 
 
 def _attention_s(composed: Plan, machine: Rates, capability: tuple[int, int]) -> Block:

@@ -573,11 +573,11 @@ def test_the_first_call_does_not_spoil_the_cached_tables(positions, first):
     cfg = dataclasses.replace(CFG, positions=positions)
     params, (x, t, y) = drawn(cfg, SHAPE), batch(SHAPE)
     expected = dit.forward(params, x, t, y, cfg)
-    dit._positions.cache_clear()
+    dit._tables.once.cache_clear()
     first(lambda x: dit.forward(params, x, t, y, cfg), x)
-    assert dit._positions.cache_info().currsize == 1
-    table, rotary = dit._positions(cfg, (8, 8), x.device, x.dtype)
-    assert dit._positions.cache_info().hits == 1
+    assert dit._tables.once.cache_info().currsize == 1
+    table, rotary = dit._tables(cfg, (8, 8), x.device, x.dtype)
+    assert dit._tables.once.cache_info().hits == 1
     for made in (*rotary, *([] if table is None else [table])):
         assert type(made) is torch.Tensor and made.device == x.device and not made.is_inference()
         assert made.data_ptr()  # raises for a wrapped tensor

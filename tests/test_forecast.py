@@ -132,7 +132,7 @@ def test_what_costs_time():
     plain = seconds()
     assert plain.step == pytest.approx(sum(vars(plain).values()))
     selective, block = (seconds(parallel=Parallel(remat=r)) for r in ("selective", "block"))
-    assert plain.products < selective.products < block.products < 1.4 * plain.products
+    assert plain.products == selective.products < block.products < 1.4 * plain.products
     assert plain.attention == selective.attention < block.attention
     shared = seconds(parallel=Parallel(sp=2, sequence="ulysses"), micro_batch=8)
     assert plain.tokens == 0 < shared.tokens
