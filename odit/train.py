@@ -322,8 +322,8 @@ def gradients(
     params = params if host is None else host.sources(params)
     graphed = graphed_gradients(plan, params) if plan.graph_obstacle is None else None
     held = layout.hold(params) if graphed is None else None
-    total, all_losses, zero_ = None, [], torch.zeros((), dtype=torch.int64, device=plan.device)
-    word, seen = zero_, zero_
+    total, all_losses, nothing = None, [], torch.zeros((), dtype=torch.int64, device=plan.device)
+    word, seen = nothing, nothing
     parts = micro_batches(batch, plan.micro_batch)
     for number, part in enumerate(parts):
         ids, x, y = tree.map(lambda field: field.to(plan.device, non_blocking=True), list(part))

@@ -59,8 +59,9 @@ def test_outputs_and_gradients(B, L, K, dtype):
 WAYS = {
     "all keys at once": {"FORWARD": Tuning(16, 256, 2, 1, 4)},
     "keys in blocks": {"FORWARD": Tuning(32, 16, 1, 2, 4)},
-    "together": {"TOGETHER": True, "QUERIES": Tuning(32, 16, 1, 2, 4), "KEYS": Tuning(16, 32, 1, 2, 4)},
-    "apart": {"TOGETHER": False, "QUERIES": Tuning(16, 64, 2, 2, 4), "KEYS": Tuning(64, 16, 2, 2, 4)},
+    "blocks one by one": {"QUERIES": Tuning(32, 16, 1, 2, 4), "KEYS": Tuning(16, 32, 1, 2, 4)},
+    "several a program": {"QUERIES": Tuning(16, 64, 2, 2, 4), "KEYS": Tuning(64, 16, 2, 2, 4)},
+    "all of a head a program": {"QUERIES": Tuning(32, 16, 0, 2, 4), "KEYS": Tuning(16, 32, 0, 2, 4)},
 }
 
 

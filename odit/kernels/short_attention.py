@@ -60,7 +60,6 @@ class Tuning(NamedTuple):
 FORWARD = Tuning(queries=64, keys=64, steps=1, stages=2, warps=4, registers=128)
 QUERIES = Tuning(queries=64, keys=64, steps=1, stages=2, warps=4)
 KEYS = Tuning(queries=32, keys=64, steps=1, stages=2, warps=4)  # 64 queries would not fit in its registers
-TOGETHER = False  # whether a program of backward does both passes, with the warps and registers of ``KEYS``
 
 
 def parts(K: int) -> tuple[int, ...]:
@@ -262,7 +261,7 @@ def backward_kernel(
     q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr, do_h: tl.constexpr, L: tl.constexpr,
     K: tl.constexpr, WIDTHS: tl.constexpr, SPANS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """``QUERIES`` and ``KEYS`` are (M, N, steps, stages) of the passes to be done; steps of 0 leave one out."""
+    """``QUERIES`` and ``KEYS`` are (M, N, steps, stages) of the pass to be done; the other's steps are 0."""
     b, h, span = place(H, SPANS)
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h * k_h
@@ -278,8 +277,6 @@ def backward_kernel(
             q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, d_ptr, delta_ptr, q_l, k_l, v_l, o_l, do_l, d_l,
             scale, span, L, K, WIDTHS, QUERIES[0], QUERIES[1], QUERIES[2], QUERIES[3],
         )  # fmt: skip
-    if QUERIES[2] and KEYS[2]:
-        tl.debug_barrier()  # delta is there for all threads
     if KEYS[2]:
         keys_pass(
             q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, d_ptr + H * K, d_ptr + 2 * H * K, q_l, k_l, v_l, do_l,
@@ -304,9 +301,6 @@ def options(tuning: Tuning) -> dict[str, int]:
 
 def passes(L: int) -> list[tuple[int, tuple[int, ...], tuple[int, ...], dict[str, int]]]:
     """The launches of backward: programs a head, the cuts of both passes as the kernel takes them, and options."""
-    if TOGETHER:
-        (queries, _), (keys, _) = (cut(t._replace(steps=0), L, row) for t, row in ((QUERIES, 0), (KEYS, 1)))
-        return [(min(1, L), queries[:4], keys[:4], options(KEYS))]
     (queries, spans), (keys, more) = cut(QUERIES, L, rows=0), cut(KEYS, L, rows=1)
     left_out = (LEAST, LEAST, 0, 1)
     return [(spans, queries[:4], left_out, options(QUERIES)), (more, left_out, keys[:4], options(KEYS))]
