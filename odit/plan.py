@@ -94,10 +94,8 @@ class Plan:
     @property
     def sums_dtype(self) -> torch.dtype | None:
         """Of gradients on their way to the optimizer; None for the masters', which summing over ranks or micro-batches
-        needs."""
-        alone = (
-            self.mesh.world == 1 and self.num_micro == 1 and self.dtype != torch.float16
-        )  # which loses what is small
+        needs, and fp16, in which what is small is lost once the loss scale is divided out."""
+        alone = self.mesh.world == 1 and self.num_micro == 1 and self.dtype != torch.float16
         return self.dtype if self.one_pass and alone else None
 
     @property
