@@ -3,6 +3,7 @@ running them, and a graph is launched once."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,8 @@ def captured(fn: Callable[..., Any], record: Callable | None = None, copies: boo
             own = [x.clone() for x in leaves]  # a graph reads its inputs where they were
             graphs[shapes] = own, record(lambda: fn(*tree.unflatten(list(args), own)))
         own, (replay, result) = graphs[shapes]
-        torch._foreach_copy_(own, leaves)
+        if leaves:
+            torch._foreach_copy_(own, leaves)
         replay()
         return tree.map(torch.clone, result) if copies else result
 
@@ -48,9 +50,15 @@ def _recorder() -> Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
     return lambda run: _record(run, pool)
 
 
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The one on which all is captured: cuBLAS keeps a workspace (32 MiB on Hopper) for every stream it has seen."""
+    return torch.cuda.Stream(device)
+
+
 def _record(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
     """Captures a call on a stream of its own; its memory is the graph's until that is dropped."""
-    side = torch.cuda.Stream()
+    side = _stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
@@ -58,7 +66,7 @@ def _record(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=side):
             result = run()
     except torch.OutOfMemoryError:
         raise

@@ -225,7 +225,7 @@ class Offload:
             if last:
                 if self.settings.unscale != 1:
                     total.mul_(self.settings.unscale)
-                self.squares[n] = _squared_norm(total)
+                self.squares[n] = squared_norm(total)
 
     def _added(self, n: int, found: Tensor, first: bool) -> Tensor:
         """A leaf's gradient in the masters' dtype, with what earlier micro-batches left."""
@@ -259,7 +259,7 @@ def host_bytes(num: int, dtype: torch.dtype) -> int:
     return num * (20 + dtype.itemsize)
 
 
-def _squared_norm(x: Tensor) -> float:
+def squared_norm(x: Tensor) -> float:
     """Sum of squares of a flat tensor, by rows: PyTorch's norm of all of it would run on one core."""
     rows = x[: len(x) // ROW * ROW].view(-1, ROW)
     norms = torch.cat([torch.linalg.vector_norm(rows, dim=1), x[rows.numel() :]])

@@ -78,7 +78,7 @@ class Rates:
     host_gb_per_s: float
     """Of the link to pinned host memory, each way."""
     host_update_ns: float
-    """AdamW, EMA and cast of a parameter on a machine's CPU."""
+    """What offload does for a parameter on a machine's CPU: gradient out of staging, norm, clip, AdamW, EMA, cast."""
     links: dict[str, Link]
     sources: dict[str, str]
     """Where each field's figures come from."""
