@@ -216,6 +216,11 @@ def switch(x_BTSD: Tensor, to: str) -> Tensor:
     return x_BTSD
 
 
+def turn(x_BTSD: Tensor) -> Tensor:
+    """Tokens of a time x space model with the other axis last but one: (B, S, T, D), contiguous."""
+    return x_BTSD.transpose(1, 2).contiguous()
+
+
 def layers(block: Callable, params: list, x: Tensor, *args) -> Tensor:
     """Runs x through ``block(p, x, *args)`` for each p of params."""
     for p in params:
@@ -241,6 +246,7 @@ class Ops:
     mlp: Callable = mlp
     leave: Callable = leave
     switch: Callable = switch
+    turn: Callable = turn
 
 
 def flash() -> Ops:

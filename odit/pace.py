@@ -4,11 +4,12 @@
   attention      FLOPs by the backend's measured rate at that head size and length, no less than its bytes take
   passes         what LayerNorms, gates, GELUs and sums for biases read and write, at their measured share of a copy
   optimizer      AdamW, EMA, casts, sums of micro-batches and the gradient's norm, likewise; or the host's sweep
+  around         draws, the batch's way to the GPU, figures, the host between two steps, whatever the model
   waits          between the kernels of a graph; without one, launches where they take longer than the kernels
   weights        ZeRO's gathers and reductions that no block's computing hides
   tokens         what a sequence strategy exposes (parallel/sequence.py)
 
-Not in it: data, draws, validation, checkpoints; the memory and the multiprocessors that transfers take from kernels
+Not in it: data, validation, checkpoints; the memory and the multiprocessors that transfers take from kernels
 beside them; ranks that wait for a slower one.
 """
 
@@ -37,6 +38,7 @@ class Pace:
     attention: float
     passes: float
     optimizer: float
+    around: float
     waits: float
     weights: float
     tokens: float
@@ -71,7 +73,7 @@ def pace(composed: Plan, machine: Rates, capability: tuple[int, int], links: dic
     run, m, depth = composed.run, composed.num_micro, composed.run.model.depth
     products = _products_s(composed, machine, capability)
     attention = _attention_s(composed, machine, capability)
-    passes = _passes_s(composed, machine)
+    passes = _passes_s(composed, machine, capability)
     again = {"none": (0, 0, 0), "block": (1, 1, 1), "selective": (0, 0, 1)}[run.parallel.remat]
     recomputed = [times * part.forward for times, part in zip(again, (products, attention, passes))]
     ends = _ends_s(composed, machine)
@@ -86,6 +88,7 @@ def pace(composed: Plan, machine: Rates, capability: tuple[int, int], links: dic
         attention=blocks[1],
         passes=blocks[2] + m * ends,
         optimizer=_optimizer_s(composed, machine),
+        around=1e-3 * machine.around_ms,
         waits=waits,
         weights=_weights_s(composed, one, links["all"]),
         tokens=m * _tokens_s(composed, machine, links["sp"]),
@@ -150,18 +153,20 @@ def _attention_s(composed: Plan, machine: Rates, capability: tuple[int, int]) ->
     return Block(sum(f for f, _ in found) / len(found), sum(b for _, b in found) / len(found), 0.0)
 
 
-def _passes_s(composed: Plan, machine: Rates) -> Block:
-    """Tensors of the tokens' size that fused kernels read and write (kernels/, a line each), sums for biases, and the
-    turns between space and time."""
+def _passes_s(composed: Plan, machine: Rates, capability: tuple[int, int]) -> Block:
+    """Tensors of the tokens' size that fused kernels read and write (kernels/, a line each), sums for biases, sums of
+    two gradients where branches meet, which L2 holds in part, q, k and v put together, turns between space and time."""
     cfg, n, size = composed.run.model, composed.mesh.sp.size, composed.dtype.itemsize
     tokens = _tokens(composed)
     row = tokens * cfg.width * size
     wide = tokens * cfg.ffn * size  # under megatron all tokens and a part of the ffn: as many
-    turns = 2 if models.of(cfg).time_space(cfg, composed.shape.size) > 1 else 0
-    forward = machine.pass_s((2 + 4 + 3 + turns) * row, "norm") + machine.pass_s(2 * wide, "gelu_forward")
+    turn = machine.pass_s(2 * row, "turn") if models.of(cfg).time_space(cfg, composed.shape.size) > 1 else 0.0
+    forward = machine.pass_s((2 + 4 + 3) * row, "norm") + machine.pass_s(2 * wide, "gelu_forward") + turn
     sums = (3 + 1 + 1) * row * (n if composed.claimed else 1)
-    backward = machine.pass_s((3 + 6 + 3 + turns) * row + sums, "norm") + machine.pass_s(3 * wide, "gelu_backward")
-    return Block(forward, backward, 0.0)
+    entry = attended(composed.run, composed.shape, composed.sequence, capability)
+    packed = 0 if entry and entry.backend == "triton" and composed.sequence == "none" else 6
+    backward = machine.pass_s((3 + 6 + 3 + 2 * 1.5 + packed) * row, "norm") + machine.pass_s(sums, "sums")
+    return Block(forward, backward + machine.pass_s(3 * wide, "gelu_backward") + turn, 0.0)
 
 
 def _ends_s(composed: Plan, machine: Rates) -> float:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +10,8 @@ import torch
 from torch import Tensor
 
 from odit import checks, ops, plan, random
-from odit.bench.common import device_name, now
+from odit.bench.common import device_name
+from odit.bench.kernels import milliseconds
 from odit.kernels import attention
 
 KEY = random.key(0)
@@ -70,8 +68,8 @@ def row_of(
         return o
 
     with torch.no_grad():
-        forward_ms = _median(lambda: backend.attend(q, k, v, K**-0.5), cfg.steps, device)
-    both_ms = _median(both, cfg.steps, device)
+        forward_ms = milliseconds(device, cfg.steps, lambda: backend.attend(q, k, v, K**-0.5))
+    both_ms = milliseconds(device, cfg.steps, both)
     flops = 4 * B * H * L * L * K
     return {
         **about,
@@ -97,23 +95,3 @@ def _error(backend: attention.Backend, leaves: list[Tensor], K: int) -> float:
     exact = ops.attend(*(x[..., :K].double() for x in (q, k, v)))
     found = backend.attend(q.contiguous(), k.contiguous(), v.contiguous(), K**-0.5)[..., :K].double()
     return float((found - exact).norm() / exact.norm())
-
-
-def _median(run: Callable[[], Any], steps: int, device: torch.device) -> float:
-    """Milliseconds of a call, by events on a GPU: launches run ahead of it."""
-    for _ in range(3):
-        run()
-    if device.type != "cuda":
-        times = []
-        for _ in range(steps):
-            began = now(device)
-            run()
-            times.append(1e3 * (now(device) - began))
-        return statistics.median(times)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    torch.cuda.synchronize(device)
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -19,6 +21,7 @@ from odit import checks, graphs, optim, plan
 from odit import kernels as fused_kernels
 from odit.bench import attention as attentions
 from odit.bench import kernels
+from odit.bench import train as training
 from odit.bench.common import device_name, now
 from odit.bench.kernels import copy_gb_per_s, drawn, milliseconds
 from odit.kernels import attention
@@ -27,6 +30,7 @@ from odit.parallel import mesh as meshes
 from odit.parallel.mesh import Axis
 from odit.rates import find
 
+WIDTH = 1152  # of the rows that passes run over
 HOST_BYTES = 2**28  # of a copy between host and device
 BUSY_S = 0.4  # of products without a pause
 
@@ -118,9 +122,10 @@ def measured(cfg: Rates, device: torch.device, speaks: bool) -> dict[str, Any]:
         told({"name": "attention", **row}, speaks)
     found["of_copy"] = passes(cfg, device, found["copy_gb_per_s"]) if on_gpu else {}
     found["host_update_ns"] = round(1e9 * host_update_s(cfg) / (cfg.parameters // 4), 4)
+    found["around_ms"] = around_ms(cfg)
     if on_gpu:
         found["host_gb_per_s"] = round(host_gb_per_s(cfg, device), 1)
-    told({name: found.get(name) for name in ("of_copy", "host_update_ns", "host_gb_per_s")}, speaks)
+    told({name: found.get(name) for name in ("of_copy", "host_update_ns", "host_gb_per_s", "around_ms")}, speaks)
     return found
 
 
@@ -168,8 +173,7 @@ def attended(cfg: Rates, device: torch.device) -> Iterator[dict[str, Any]]:
     for precision, shape in itertools.product(cfg.precisions, cfg.shapes):
         B, L, H, K = map(int, shape.split("x"))
         dtype = plan.DTYPES[precision]
-        choices = [attention.choose(device, dtype, K, L, repeats=r) for r in (True, False)]
-        wide = {choice.backend.name: choice.wide for choice in choices} | {"flash2": K}
+        wide = dict(chosen(device, dtype, K, L)) | {"flash2": K}
         asked = attentions.Attention(precision=precision, steps=cfg.repeats)
         for name, size in wide.items():
             row = attentions.row_of(asked, attention.BACKENDS[name], device, (B, L, H, K), size)
@@ -179,6 +183,14 @@ def attended(cfg: Rates, device: torch.device) -> Iterator[dict[str, Any]]:
                 speeds = {key: digits(value) for key, value in speeds.items()}
                 shape_of = {"batch": B, "heads": H, "tokens": L, "size": K, "wide": size}
                 yield {"precision": precision, "backend": name, **shape_of, **speeds}
+
+
+def chosen(device: torch.device, dtype: torch.dtype, K: int, L: int) -> Iterator[tuple[str, int]]:
+    """(backend, size that heads get) of what runs would choose here, repeating bit for bit and not."""
+    for repeats in (True, False):
+        with contextlib.suppress(ValueError):  # nothing here repeats at that length
+            choice = attention.choose(device, dtype, K, L, repeats=repeats)
+            yield choice.backend.name, choice.wide
 
 
 def passes(cfg: Rates, device: torch.device, copied: float) -> dict[str, float]:
@@ -197,8 +209,23 @@ def passes(cfg: Rates, device: torch.device, copied: float) -> dict[str, float]:
     norm = sum(moved for moved, _ in norms) / sum(s for _, s in norms)
     gelu = {way: speed("bias_gelu", way) for way in ("forward", "backward")}
     found = {"norm": norm} | {f"gelu_{way}": moved / s for way, (moved, s) in gelu.items()}
+    found |= {"sums": sums_gb_per_s(cfg, device), "turn": turn_gb_per_s(cfg, device)}
     found["optimizer"] = optimizer_gb_per_s(cfg, device)
     return {name: round(value / copied, 3) for name, value in found.items()}
+
+
+def sums_gb_per_s(cfg: Rates, device: torch.device) -> float:
+    """What the gradient of a bias reads."""
+    dy = drawn(0, (cfg.rows, WIDTH), device).bfloat16()
+    return dy.numel() * 2 / milliseconds(device, cfg.repeats, lambda: dy.sum(0)) / 1e6
+
+
+def turn_gb_per_s(cfg: Rates, device: torch.device) -> float:
+    """What a turn from frames to places of them reads and writes."""
+    from odit.kernels.turn import turn
+
+    x = drawn(0, (max(1, cfg.rows // 4096), 16, 256, WIDTH), device).bfloat16()
+    return 4 * x.numel() / milliseconds(device, cfg.repeats, lambda: turn(x)) / 1e6
 
 
 def optimizer_gb_per_s(cfg: Rates, device: torch.device) -> float:
@@ -234,6 +261,14 @@ def host_update_s(cfg: Rates) -> float:
     ms = milliseconds(torch.device("cpu"), min(cfg.repeats, 5), step)
     torch.set_num_threads(threads)
     return ms / 1e3
+
+
+def around_ms(cfg: Rates) -> float:
+    """A training step of hardly any model, one thin block: draws, the batch's way to the device, figures, the host."""
+    asked = training.Train(preset="dit-s-8", steps=cfg.repeats, device=cfg.device)
+    run = training.run_of(asked, "auto")
+    few = dataclasses.replace(run.model, width=64, heads=1, depth=1)
+    return training.measure(asked, dataclasses.replace(run, model=few))[0]["ms"]
 
 
 def host_gb_per_s(cfg: Rates, device: torch.device) -> float:

@@ -17,14 +17,15 @@ CAPABILITY = (8, 0)  # Ampere: bf16
 
 
 def fused(ops: Ops) -> Ops:
-    """The record with kernels at its leaf sites: modulate, gated, gated_modulate, qkv and mlp."""
+    """The record with kernels at its leaf sites: modulate, gated, gated_modulate, qkv, mlp and turn."""
     from odit.kernels.bias_gelu import mlp
     from odit.kernels.gated import gated
     from odit.kernels.gated_modulate import gated_modulate
     from odit.kernels.modulate import modulate
     from odit.kernels.qkv import qkv
+    from odit.kernels.turn import turn
 
-    return replace(ops, modulate=modulate, gated=gated, gated_modulate=gated_modulate, qkv=qkv, mlp=mlp)
+    return replace(ops, modulate=modulate, gated=gated, gated_modulate=gated_modulate, qkv=qkv, mlp=mlp, turn=turn)
 
 
 @functools.cache

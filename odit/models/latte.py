@@ -60,11 +60,11 @@ def make_pair(cfg: Config, ops: Ops) -> Callable:
 def _make_pair(cfg: Config, ops: Ops) -> Callable:
     def pair(p: dict, x: Tensor, c: Tensor, tables: tuple[Tensor], *caption: Tensor) -> Tensor:
         x = over_rows(p["space"], x, c, *caption)
-        x = ops.switch(x, "time").transpose(1, 2)
+        x = ops.turn(ops.switch(x, "time"))
         if "first" in p:
             x = x + tables[0]
         x = over_rows(p["time"], x, c)
-        return ops.switch(x.transpose(1, 2), "space")
+        return ops.switch(ops.turn(x), "space")
 
     def over_rows(p: dict, x: Tensor, c: Tensor, *caption: Tensor) -> Tensor:
         """DiT's block, whose tokens attend within dim 2, each index of dim 1 for itself."""

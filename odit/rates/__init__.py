@@ -70,9 +70,12 @@ class Rates:
     products: tuple[Product, ...]
     attention: tuple[Attended, ...]
     of_copy: dict[str, float]
-    """Share of a copy's speed that passes over memory reach: norm, gelu_forward, gelu_backward, optimizer."""
+    """Share of a copy's speed that passes over memory reach: norm, gelu_forward, gelu_backward, sums (of biases'
+    gradients), turn (of space and time), optimizer."""
     wait_us: float
     """Between two kernels of a CUDA graph."""
+    around_ms: float
+    """What a step takes beside its model: draws, the batch's way to the GPU, figures, the host between two steps."""
     launch_us: float
     """A kernel's launch, without a graph: below that many no GPU is busy."""
     host_gb_per_s: float
