@@ -143,7 +143,7 @@ def _suspects(plan: Plan, batch: Batch, bad: dict[int, list[int]]) -> list[int]:
 def entered(plan: Plan, part: Batch, key: random.Key) -> dict[str, Tensor]:
     """A micro-batch as it enters the model, by name."""
     ids, x, y = tree.map(lambda field: field.to(plan.device), list(part))
-    x = plan.front.latents(x, ids, key)
+    x = plan.front.latents(x, ids, key, plan.kernels.normal)
     draws = train.draw(plan, ids, tuple(x.shape[1:]), key)
     y = plan.front.embed(train.conditions(plan, y, draws.dropped_B))
     return {"ids": ids, "x": x, **draws._asdict(), **{f"y.{path}": leaf for path, leaf in tree.items(y)}}

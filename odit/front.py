@@ -80,14 +80,15 @@ class Front:
         """([T,] H, W) of what is decoded of samples of the model's ``size``."""
         return size if self.vae is None else self.vae.pixel_size(size)
 
-    def latents(self, x: Tensor, ids_B: Tensor, key: random.Key) -> Tensor:
-        """What the model sees of samples: themselves, or scaled draws of the latents' distributions (fp32)."""
+    def latents(self, x: Tensor, ids_B: Tensor, key: random.Key, normal: Callable = random.normal) -> Tensor:
+        """What the model sees of samples: themselves, or scaled draws of the latents' distributions (fp32), by the
+        record's ``normal``."""
         if self.cache is not None:
             mean, logvar = x.chunk(2, 1)
-            return draw_latents(self.cache.scaled, mean, logvar, ids_B, key)
+            return draw_latents(self.cache.scaled, mean, logvar, ids_B, key, normal)
         if self.vae is None:
             return x
-        return draw_latents(self.vae.scaled, *self.moments(x), ids_B, key)
+        return draw_latents(self.vae.scaled, *self.moments(x), ids_B, key, normal)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of samples' latents."""
@@ -107,9 +108,11 @@ class Front:
         return self.vae.decode(self.vae_weights.weights(), x)
 
 
-def draw_latents(scaled: Callable, mean: Tensor, logvar: Tensor, ids_B: Tensor, key: random.Key) -> Tensor:
+def draw_latents(
+    scaled: Callable, mean: Tensor, logvar: Tensor, ids_B: Tensor, key: random.Key, normal: Callable
+) -> Tensor:
     """Scaled latents (B, ...) fp32; noise is a function of key and draw id."""
-    noise = random.normal(random.fold_in(key, "vae"), tuple(mean.shape[1:]), ids_B)
+    noise = normal(random.fold_in(key, "vae"), tuple(mean.shape[1:]), ids_B)
     return scaled(vaes.sample(mean.float(), logvar.float(), noise)).float()
 
 

@@ -1,7 +1,8 @@
 """The record of sites: what a kernel or a parallel strategy may replace, each with its plain reference.
 
 A model receives the record as its last argument and calls its sites; a site never asks where it is. A kernel or a
-strategy is a function from record to record (``dataclasses.replace``). Letters: B samples, L tokens, D width, H heads,
+strategy is a function from record to record (``dataclasses.replace``). What chance adds is drawn outside the model, by
+the sites uniform and normal; a replacement gives the same bits. Letters: B samples, L tokens, D width, H heads,
 K head size, F ffn width.
 """
 
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from odit import random
 
 EPS = 1e-6  # DiT's LayerNorm
 
@@ -247,6 +250,8 @@ class Ops:
     leave: Callable = leave
     switch: Callable = switch
     turn: Callable = turn
+    uniform: Callable = random.uniform
+    normal: Callable = random.normal
 
 
 def flash() -> Ops:

@@ -21,6 +21,10 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 # Multipliers and Weyl increments of the Philox4x32 paper (section 3.3 and its Random123 implementation).
 M0, M1, W0, W1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
+# Coefficients, highest first: of artanh(s) / s and cos x in s^2 and x^2, and of sin(x) / x.
+LOG = tuple(1.0 / n for n in range(21, 0, -2))
+SIN = tuple((-1) ** n / math.factorial(2 * n + 1) for n in range(8, -1, -1))
+COS = tuple((-1) ** n / math.factorial(2 * n) for n in range(8, -1, -1))
 
 
 class Key(NamedTuple):
@@ -94,7 +98,7 @@ def bits(k: Key, shape, ids: Tensor | None = None, *, device=None, start: int = 
     assert last <= 2**32, "a single draw is limited to 2**34 words"
     words = torch.stack(philox((block, torch.zeros_like(block), lo, hi), k), -1).flatten(-2)
     words = words[..., start - 4 * first :][..., :size]
-    return words.reshape(*words.shape[:-1], *shape)
+    return words.reshape((*words.shape[:-1], *shape))
 
 
 def uniform(k: Key, shape=(), ids: Tensor | None = None, *, device=None, start: int = 0) -> Tensor:
@@ -112,7 +116,7 @@ def normal(k: Key, shape=(), ids: Tensor | None = None, *, device=None, start: i
     sin, cos = _sin_cos_turns(u[..., 1::2])
     z = torch.stack((radius * cos, radius * sin), -1).flatten(-2).float()
     z = z[..., start - begin :][..., :size]
-    return z.reshape(*z.shape[:-1], *shape)
+    return z.reshape((*z.shape[:-1], *shape))
 
 
 def _horner(x: Tensor, coefficients) -> Tensor:
@@ -129,8 +133,7 @@ def _log(u: Tensor) -> Tensor:
     mantissa = torch.where(low, mantissa * 2, mantissa)
     exponent = exponent.double() - low.double()
     s = (mantissa - 1) / (mantissa + 1)
-    series = _horner(s * s, [1.0 / n for n in range(21, 0, -2)])
-    return exponent * math.log(2) + 2 * s * series
+    return exponent * math.log(2) + 2 * s * _horner(s * s, LOG)
 
 
 def _sin_cos_turns(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,8 +141,7 @@ def _sin_cos_turns(u: Tensor) -> tuple[Tensor, Tensor]:
     quadrant = torch.floor(4 * u + 0.5)
     x = (u - 0.25 * quadrant) * (2 * math.pi)
     x2 = x * x
-    sin = x * _horner(x2, [(-1) ** n / math.factorial(2 * n + 1) for n in range(8, -1, -1)])
-    cos = _horner(x2, [(-1) ** n / math.factorial(2 * n) for n in range(8, -1, -1)])
+    sin, cos = x * _horner(x2, SIN), _horner(x2, COS)
     odd = quadrant.long() & 1 == 1
     flip_sin, flip_cos = (quadrant.long() & 2) != 0, ((quadrant.long() + 1) & 2) != 0
     s, c = torch.where(odd, cos, sin), torch.where(odd, sin, cos)

@@ -110,7 +110,7 @@ def graph_obstacle(plan: Plan, sampling: Sampling) -> str | None:
 
 
 def _sample_batch(plan, model, conditions_B, ids_B, key, sampling: Sampling, progress, wrap) -> Tensor:
-    shape, g = plan.shape.sample, sampling.guidance
+    shape, g, normal = plan.shape.sample, sampling.guidance, plan.kernels.normal
     null_1, conditions_B = plan.front.embed(plan.null), plan.front.embed(conditions_B)
     scale = g.scale if plan.shape.conditional else 1.0
     guided = guidance.guided(
@@ -126,10 +126,10 @@ def _sample_batch(plan, model, conditions_B, ids_B, key, sampling: Sampling, pro
     drawn = solvers.sample(
         plan.objective,
         guided,
-        random.normal(random.fold_in(key, "sample"), shape, ids_B),
+        normal(random.fold_in(key, "sample"), shape, ids_B),
         solver=checks.solver_of(sampling, plan.objective),
         steps=sampling.steps,
-        noise_at=lambda i: random.normal(random.fold_in(key, "sample-step", i), shape, ids_B),
+        noise_at=lambda i: normal(random.fold_in(key, "sample-step", i), shape, ids_B),
         progress=progress,
         clip=sampling.clip,
     )

@@ -86,12 +86,12 @@ def optimizer(plan: Plan) -> optim.Optimizer:
 
 def draw(plan: Plan, ids_B: Tensor, shape: tuple[int, ...], key: random.Key) -> Draws:
     """Draws for samples by their draw ids (epoch and sample id): no other sample, batch size or rank plays a part."""
+    uniform, normal = plan.kernels.uniform, plan.kernels.normal
     t_B = plan.objective.draw_times(
-        random.uniform(random.fold_in(key, "time"), (), ids_B),
-        random.normal(random.fold_in(key, "time-normal"), (), ids_B),
+        uniform(random.fold_in(key, "time"), (), ids_B), normal(random.fold_in(key, "time-normal"), (), ids_B)
     )
-    noise = random.normal(random.fold_in(key, "noise"), shape, ids_B)
-    dropped = random.uniform(random.fold_in(key, "label-dropout"), (), ids_B) < plan.run.model.label_dropout
+    noise = normal(random.fold_in(key, "noise"), shape, ids_B)
+    dropped = uniform(random.fold_in(key, "label-dropout"), (), ids_B) < plan.run.model.label_dropout
     return Draws(t_B, noise, dropped)
 
 
@@ -328,7 +328,7 @@ def gradients(
     for number, part in enumerate(parts):
         ids, x, y = tree.map(lambda field: field.to(plan.device, non_blocking=True), list(part))
         seen = seen + _hash((x,)) if plan.mesh.sp.size > 1 else seen
-        x = plan.front.latents(x, ids, key)
+        x = plan.front.latents(x, ids, key, plan.kernels.normal)
         draws = drawn(plan, ids, tuple(x.shape[1:]), key)
         word = word + _hash((ids, *draws, *tree.leaves(conditions(plan, y, draws.dropped_B))))
         sink = None if host is None else host.sink(first=number == 0, last=number == len(parts) - 1)

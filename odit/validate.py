@@ -90,7 +90,7 @@ def _measure(
 ) -> Tensor:
     """A row a sample, fp64: whether it was read, bin of t, loss and, with ``grad_norms``, the norm of its gradient."""
     x, y, read_B, ids_B = tree.map(lambda field: field.to(plan.device), [x, y, read_B, ids_B])
-    x = plan.front.latents(x, ids_B, KEY)
+    x = plan.front.latents(x, ids_B, KEY, plan.kernels.normal)
     draws = train.draw(plan, ids_B, tuple(x.shape[1:]), KEY)
     with torch.no_grad():
         columns = [read_B, plan.objective.bins(draws.t_B, BINS), train.losses(plan, *working, x, y, draws)]

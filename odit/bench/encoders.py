@@ -144,7 +144,7 @@ def encoders_ms(composed: plan.Plan, batch: data.Batch, key: random.Key) -> floa
     """Milliseconds that a step spends before the model: what samples and captions become."""
     ids, x, y = tree.map(lambda field: field.to(composed.device), list(batch))
     began = now(composed.device)
-    composed.front.latents(x, ids, key)
+    composed.front.latents(x, ids, key, composed.kernels.normal)
     composed.front.embed(y)
     return 1e3 * (now(composed.device) - began)
 

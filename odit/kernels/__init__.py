@@ -17,15 +17,26 @@ CAPABILITY = (8, 0)  # Ampere: bf16
 
 
 def fused(ops: Ops) -> Ops:
-    """The record with kernels at its leaf sites: modulate, gated, gated_modulate, qkv, mlp and turn."""
+    """The record with kernels at its leaf sites, and draws by one."""
     from odit.kernels.bias_gelu import mlp
+    from odit.kernels.draws import normal, uniform
     from odit.kernels.gated import gated
     from odit.kernels.gated_modulate import gated_modulate
     from odit.kernels.modulate import modulate
     from odit.kernels.qkv import qkv
     from odit.kernels.turn import turn
 
-    return replace(ops, modulate=modulate, gated=gated, gated_modulate=gated_modulate, qkv=qkv, mlp=mlp, turn=turn)
+    return replace(
+        ops,
+        modulate=modulate,
+        gated=gated,
+        gated_modulate=gated_modulate,
+        qkv=qkv,
+        mlp=mlp,
+        turn=turn,
+        uniform=uniform,
+        normal=normal,
+    )
 
 
 @functools.cache
