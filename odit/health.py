@@ -33,7 +33,7 @@ AGAIN_S = 1.0  # a signal that comes sooner is the first one twice: to the termi
 
 ROLL_CALL_S = 2.0  # what ranks have to answer; a thread of each does so at once
 TELL_S = 2.0  # what storage has to take an exit code
-LOOK_S = 1.0  # how often a watch that expects no step looks whether it does again
+LOOK_S = 1.0  # how often a watch looks whether a step is late, and whether the other ranks of this machine live
 FOREVER_S = 20 * 86400.0  # in milliseconds it still fits the integer that the store uses
 
 
@@ -202,8 +202,9 @@ class Watch:
     """Ends this rank when another one is gone or late; then one line, of one rank, says who is where. Idle on one rank.
 
     The step that ``beat`` announces is late after ``patience_s``; an error of a collective inside the block says that a
-    rank is gone. Who finds out calls the roll through the store, and a thread of each rank answers, whatever its main
-    thread is doing. Threads end the process too: NCCL keeps the main one in calls that never return.
+    rank is gone, and so does the end of a process on this machine that has not left the block. Who finds out calls the
+    roll through the store, and a thread of each rank answers, whatever its main thread is doing. Threads end the
+    process too: NCCL keeps the main one in calls that never return, where no signal reaches Python.
     """
 
     def __init__(self, store: Any, rank: int, world: int):
@@ -222,6 +223,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self.store is not None:
+            self.store.set(f"process/{self.rank}", meshes.process())
             # a connection each: one that waits is blocked
             self.threads = [
                 threading.Thread(target=target, args=(self.store.clone(),), daemon=True)
@@ -233,7 +235,12 @@ class Watch:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         reason = meshes.broken(error) if error else None
-        if self.store is None or (error and not reason):
+        if self.store is None:
+            return
+        if not reason:
+            with contextlib.suppress(RuntimeError):
+                self.store.set(f"left/{self.rank}", "")
+        if error and not reason:
             return  # an error of this rank's own: its words come first, and then the process ends
         if reason:
             if "ODIT_TRACEBACK" in os.environ:
@@ -256,13 +263,23 @@ class Watch:
                 self._take_part(store)
 
     def _time(self, store: Any) -> None:
-        due = math.inf
-        while not self.left.wait(LOOK_S if due == math.inf else due - time.monotonic()):
-            due = self.due
-            if time.monotonic() >= due:
-                with contextlib.suppress(RuntimeError):
-                    self._call(store, f"no step in {self.patience_s:g} s")
+        others, gone = meshes.neighbours(self.rank, self.world), set()
+        while not self.left.wait(max(0.0, min(LOOK_S, self.due - time.monotonic()))):
+            reason = f"no step in {self.patience_s:g} s" if time.monotonic() >= self.due else None
+            with contextlib.suppress(RuntimeError):
+                before, gone = gone, {r for r in others if self._gone(store, r)}
+                if lost := sorted(gone & before):  # seen twice: an error of a collective comes first, and says more
+                    reason = f"{meshes.name_ranks(lost)} ended"
+                if reason:
+                    self._call(store, reason)
+            if reason:
                 leave(DISTRIBUTED)
+
+    def _gone(self, store: Any, rank: int) -> bool:
+        """Whether a rank's process has ended without leaving the block."""
+        if not store.check([f"process/{rank}"]):
+            return False
+        return not meshes.lives(store.get(f"process/{rank}").decode()) and not store.check([f"left/{rank}"])
 
     def _call(self, store: Any, reason: str) -> None:
         if not store.check(["reason"]):

@@ -252,6 +252,9 @@ def stop():
 def sleep():
     time.sleep(1000)
 
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
 def fail():
     raise ValueError("the words of rank 1")
 
@@ -302,6 +305,36 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(steps):
     (line,) = errors(texts)
     pattern = r"error: no step in 2.5 s on rank [01]: rank 2 of 3 does not answer, rank 0 is in step_together "
     assert re.fullmatch(pattern + r"\(steps.py:\d+\), rank 1 is in sleep \(steps.py:\d+\)", line), line
+
+
+def test_a_rank_that_is_killed_ends_those_that_no_collective_tells(steps):
+    """As over NCCL, whose calls never return: the others only learn that the process is not there any more."""
+    began = time.monotonic()
+    codes, texts = steps(3, "0=sleep", "1=die", "2=sleep")
+    assert codes == [7, -signal.SIGKILL, 7], texts
+    (line,) = errors(texts)
+    pattern = r"error: rank 1 ended on rank [02]: rank 1 of 3 does not answer, ranks 0, 2 are in sleep \(steps.py:\d+\)"
+    assert re.fullmatch(pattern, line), line
+    assert time.monotonic() - began < START_S + END_S
+
+
+def test_which_processes_live():
+    ended = subprocess.Popen(["sleep", "100"])
+    boot, space, *_ = meshes.process().split()
+    name = f"{boot} {space} {ended.pid} {meshes._stat(ended.pid)[19]}"
+    assert meshes.lives(meshes.process()) and meshes.lives(name)
+    ended.kill()
+    assert wait_until(lambda: not meshes.lives(name), 5)  # a zombie, which nobody has waited for
+    ended.wait()
+    assert not meshes.lives(name)
+    assert not meshes.lives(f"{boot} {space} {os.getpid()} 1")  # another that had its number before
+    assert meshes.lives(f"elsewhere {space} {ended.pid} 1") and meshes.lives("")
+
+
+def test_the_ranks_of_one_launcher_are_neighbours(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert meshes.neighbours(6, 16) == [4, 5, 7]
 
 
 def test_a_rank_that_never_comes_is_named_and_one_that_finds_no_launcher_says_so(steps):

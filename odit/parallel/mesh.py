@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -235,6 +236,39 @@ def _join(rank: int, world: int, backend: str, own_gpu: torch.device | None, tim
 def store() -> Any:
     """The key-value store of a job, which outlives its groups; None on one rank."""
     return dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+
+
+def neighbours(rank: int, world: int) -> list[int]:
+    """The other ranks that this one's launcher started: they follow one another."""
+    local, num = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return [r for r in range(rank - local, rank - local + num) if 0 <= r < world and r != rank]
+
+
+def process() -> str:
+    """A name of this process that ``lives`` can look up on the same machine; empty where there is no /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')} {os.getpid()} {_stat(os.getpid())[19]}"
+    except OSError:
+        return ""
+
+
+def lives(name: str) -> bool:
+    """Whether that process is still there; one of another machine or container is taken to be."""
+    mine = process()
+    if not name or name.split()[:2] != mine.split()[:2]:
+        return True
+    pid, began = name.split()[2:]
+    try:
+        state, started = _stat(int(pid))[0], _stat(int(pid))[19]
+    except OSError:
+        return False
+    return started == began and state not in "ZX"
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of proc(5)'s stat from the state on: 0 is it, 19 when the process started."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def wait_for(store: Any, key: str, seconds: float) -> bool:
