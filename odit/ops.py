@@ -55,21 +55,27 @@ def qkv(h_BLD: Tensor, p: dict, tables: tuple[Tensor, ...]) -> tuple[Tensor, Ten
 
     p holds w (3, H, K, D), b (3, H, K) and, with QK-norm, q_norm and k_norm (K,). tables is () or (cos, sin) (L, K/2).
     """
-    w, b = p["w"], p.get("b")
-    if w.is_contiguous():
-        heads = torch.nn.functional.linear(h_BLD, w.flatten(0, 2), b.flatten() if b is not None else None)
-        q, k, v = heads.unflatten(-1, w.shape[:3]).unbind(2)
-    else:  # some heads of a larger weight: three products, rather than a copy of it that backward would keep
-        q, k, v = (
-            torch.nn.functional.linear(h_BLD, w[i].flatten(0, 1), b[i].flatten() if b is not None else None).unflatten(
-                -1, w.shape[1:3]
-            )
-            for i in range(3)
-        )
+    q, k, v = project(h_BLD, p["w"], p.get("b"))
     if "q_norm" in p:
         q, k = rms_norm(q, p["q_norm"]), rms_norm(k, p["k_norm"])
     if tables:
         q, k = rotate(q, *tables), rotate(k, *tables)
+    return q, k, v
+
+
+def project(
+    h_BLD: Tensor, w_3HKD: Tensor, b_3HK: Tensor | None, linear: Callable = torch.nn.functional.linear
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B L H K) by ``linear``."""
+    w, b = w_3HKD, b_3HK
+    if w.is_contiguous():
+        heads = linear(h_BLD, w.flatten(0, 2), b.flatten() if b is not None else None)
+        q, k, v = heads.unflatten(-1, w.shape[:3]).unbind(2)
+    else:  # some heads of a larger weight: three products, rather than a copy of it that backward would keep
+        q, k, v = (
+            linear(h_BLD, w[i].flatten(0, 1), b[i].flatten() if b is not None else None).unflatten(-1, w.shape[1:3])
+            for i in range(3)
+        )
     return q, k, v
 
 

@@ -34,8 +34,8 @@ class Kernels:
     """Heads that it is cut into for norm_rotate."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Dtype of tensors."""
-    kernels: tuple[str, ...] = ("modulate", "gated", "gated_modulate", "bias_gelu", "norm_rotate")
-    """Which."""
+    kernels: tuple[str, ...] = ("modulate", "gated", "gated_modulate", "bias_gelu", "norm_rotate", "bias")
+    """Which; bias is the sum over rows that a bias has as its gradient."""
     compile: bool = True
     """Times torch.compile of the reference too."""
     repeats: int = 50
@@ -45,7 +45,8 @@ class Kernels:
 
 
 class Case(NamedTuple):
-    """A kernel and its reference on some inputs, and how many tensors of x's size forward and backward move."""
+    """A kernel and its reference on some inputs, and how many tensors of x's size forward and backward move; 0 where
+    there is no such kernel."""
 
     fused: Callable
     reference: Callable
@@ -54,7 +55,7 @@ class Case(NamedTuple):
 
 
 def kernels(cfg: Kernels) -> None:
-    """Prints a row of the copy, then two a kernel, forward and backward."""
+    """Prints a row of the copy, then those of kernels, forward and backward."""
     device = checks.pick_device(cfg.device)
     copied = copy_gb_per_s(device, cfg.repeats, 4 * cfg.batch * cfg.tokens * cfg.width)
     about = {"precision": cfg.precision, "device": device_name(device)}
@@ -62,9 +63,10 @@ def kernels(cfg: Kernels) -> None:
     about |= {"batch": cfg.batch, "tokens": cfg.tokens, "width": cfg.width}
     for name in cfg.kernels:
         case = make_case(cfg, name, device)
-        for number, direction in enumerate(("forward", "backward")):
-            row = kernel_row(cfg, case, direction, case.moved[number], copied)
-            print(json.dumps({"name": f"{name} {direction}", **about, **row}), flush=True)
+        for direction, moved in zip(("forward", "backward"), case.moved):
+            if moved:
+                row = kernel_row(cfg, case, direction, moved, copied)
+                print(json.dumps({"name": f"{name} {direction}", **about, **row}), flush=True)
 
 
 def copy_gb_per_s(device: torch.device, repeats: int, size: int) -> float:
@@ -81,6 +83,7 @@ def make_case(cfg: Kernels, name: str, device: torch.device) -> Case:
     from odit.kernels.bias_gelu import reference as gelu_reference
     from odit.kernels.gated import gated
     from odit.kernels.gated_modulate import gated_modulate
+    from odit.kernels.linear import column_sums
     from odit.kernels.modulate import modulate
     from odit.kernels.qkv import norm_rotate
 
@@ -97,8 +100,10 @@ def make_case(cfg: Kernels, name: str, device: torch.device) -> Case:
     if name == "bias_gelu":
         y, b = drawn(0, (B, L, 4 * D), device).to(dtype), drawn(1, (4 * D,), device).to(dtype)
         return Case(bias_gelu, gelu_reference, (y, b.expand(B, -1)), (2, 3))
+    if name == "bias":
+        return Case(lambda x: column_sums(x.flatten(0, 1)[None])[0], lambda x: x.sum((0, 1)), (x,), (1, 0))
     if name != "norm_rotate":
-        raise ValueError(f"kernels has {name!r}: use modulate, gated, gated_modulate, bias_gelu, norm_rotate")
+        raise ValueError(f"kernels has {name!r}: use modulate, gated, gated_modulate, bias_gelu, norm_rotate, bias")
     if D % (2 * H):
         raise ValueError(f"width {D} is no even number of values a head for heads {H}: use another number of heads")
     angles, weight = drawn(3, (L, D // H // 2), device), drawn(4, (D // H,), device).to(dtype)

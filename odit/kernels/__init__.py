@@ -22,6 +22,7 @@ def fused(ops: Ops) -> Ops:
     from odit.kernels.draws import normal, uniform
     from odit.kernels.gated import gated
     from odit.kernels.gated_modulate import gated_modulate
+    from odit.kernels.linear import out
     from odit.kernels.modulate import modulate
     from odit.kernels.qkv import qkv
     from odit.kernels.turn import turn
@@ -32,6 +33,7 @@ def fused(ops: Ops) -> Ops:
         gated=gated,
         gated_modulate=gated_modulate,
         qkv=qkv,
+        out=out,
         mlp=mlp,
         turn=turn,
         uniform=uniform,

@@ -320,12 +320,13 @@ def with_attention(ops: Ops, choice: Choice, size: int, packs: bool = False) -> 
 
 def _packed(ops: Ops, scale: float, attend: Callable, attend_packed: Callable) -> Ops:
     """q, k and v as one tensor, as the product gives them; three where they are normalised or rotated after it."""
+    from odit.kernels.linear import linear
 
     def qkv(h_BLD: Tensor, p: dict, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if tables or "q_norm" in p:
             return ops.qkv(h_BLD, p, tables)
         w, b = p["w"], p["b"]
-        return (reference.linear(h_BLD, {"w": w.flatten(0, 2), "b": b.flatten()}).unflatten(-1, w.shape[:3]),)
+        return (linear(h_BLD, w.flatten(0, 2), b.flatten()).unflatten(-1, w.shape[:3]),)
 
     def attend_either(*given: Tensor) -> Tensor:
         return attend_packed(*given, scale) if len(given) == 1 else attend(*given, scale)

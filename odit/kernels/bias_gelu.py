@@ -18,6 +18,7 @@ from torch import Tensor
 from odit import ops
 from odit.kernels.function import by_rows, empty, entry, served
 from odit.kernels.launch import launch
+from odit.kernels.linear import linear
 from odit.kernels.rows import totals
 
 TWICE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
@@ -154,7 +155,8 @@ def bias_gelu(y_BLF: Tensor, b_BF: Tensor) -> Tensor:
 
 
 def mlp(h_BLD: Tensor, p: dict) -> Tensor:
-    """``ops.mlp`` with bias and GELU in one pass; without gradients on a GPU in the product's own epilogue."""
+    """``ops.mlp`` with bias and GELU in one pass; without gradients on a GPU in the product's own epilogue. fc2 is a
+    ``linear``."""
     if "gate" in p or h_BLD.ndim != 3 or not served(WIDEST, h_BLD, p["fc1"]["w"], p["fc1"]["b"]):
         return ops.mlp(h_BLD, p)
     w, b = p["fc1"]["w"], p["fc1"]["b"]
@@ -162,4 +164,4 @@ def mlp(h_BLD: Tensor, p: dict) -> Tensor:
         hidden = torch._addmm_activation(b, h_BLD.flatten(0, -2), w.t(), use_gelu=True)
         return ops.linear(hidden.unflatten(0, h_BLD.shape[:-1]), p["fc2"])
     hidden = bias_gelu(torch.nn.functional.linear(h_BLD, w), b.expand(len(h_BLD), -1))
-    return ops.linear(hidden, p["fc2"])
+    return linear(hidden, p["fc2"]["w"], p["fc2"].get("b"))

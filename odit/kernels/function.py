@@ -78,12 +78,12 @@ def entry(
         return tangent(*ctx.saved_tensors, *tangents[: len(tangents) - len(ctx.settings)], *ctx.settings)
 
     forward_op.register_autograd(pulled(backward_op), setup_context=setup_context)
-    function = _function(name, forward, setup_context, pulled(gradient.apply), push)
-    return lambda *args: (forward_op if torch.compiler.is_compiling() else function.apply)(*args)
+    made = function(name, forward, setup_context, pulled(gradient.apply), push)
+    return lambda *args: (forward_op if torch.compiler.is_compiling() else made.apply)(*args)
 
 
-def _function(name: str, forward: Callable, setup_context: Callable, backward: Callable, jvp: Callable) -> Any:
-    """An autograd.Function of these rules, and of ``_folded`` for vmap."""
+def function(name: str, forward: Callable, setup_context: Callable, backward: Callable, jvp: Callable) -> Any:
+    """An autograd.Function of these rules, and of ``_folded`` for vmap: all tensors have samples first."""
     rules = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
     rules["vmap"] = lambda info, in_dims, *args: _folded(made, info, in_dims, args)
     made = type(name, (torch.autograd.Function,), {key: staticmethod(rule) for key, rule in rules.items()})
@@ -105,7 +105,7 @@ def _gradient(launched: Callable, plain: Callable) -> Any:
         tensors = tuple(x.contiguous() for x in ctx.saved_tensors)  # tangents take the strides, which may be 0
         return torch.func.jvp(lambda *ts: plain(*ts, *ctx.settings), tensors, tangents[: len(tensors)])[1]
 
-    return _function(launched.__name__, launched, setup_context, backward, jvp)
+    return function(launched.__name__, launched, setup_context, backward, jvp)
 
 
 def _keep(ctx: Any, tensors: Iterable[Tensor]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from odit import ops
 from odit.kernels.function import by_rows, empty, entry, served
 from odit.kernels.launch import launch
+from odit.kernels.linear import linear
 from odit.kernels.rows import WARPS, inverse_root, place, totals
 
 WIDEST = 256  # values of a head
@@ -242,8 +243,8 @@ def norm_rotate(x_BLHK: Tensor, weight_K: Tensor | None, tables: tuple[Tensor, .
 
 
 def qkv(h_BLD: Tensor, p: dict, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """``ops.qkv`` with QK-norm and rotary as one kernel each for q and k; the projection is the reference's."""
-    q, k, v = ops.qkv(h_BLD, {name: p[name] for name in ("w", "b") if name in p}, ())
+    """``ops.qkv`` with QK-norm and rotary as one kernel each for q and k; the projection is a ``linear``."""
+    q, k, v = ops.project(h_BLD, p["w"], p.get("b"), linear)
     if tables or "q_norm" in p:
         q, k = (norm_rotate(x, p.get(name), tables) for x, name in ((q, "q_norm"), (k, "k_norm")))
     return q, k, v
