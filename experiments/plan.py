@@ -36,7 +36,7 @@ class Plan:
     deterministic: bool | None = None
     """As train.py's: off is faster where samples have thousands of tokens."""
     machine: str = "h200"
-    """A table of rates that ships (h200), or a file that bench.py rates wrote."""
+    """A table of rates that ships (h100, h200), or a file that bench.py rates wrote."""
     link: forecast.LinkName = "nvlink"
     """What joins the GPUs of a node; nodes are joined by InfiniBand."""
     node: int = 8

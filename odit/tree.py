@@ -14,7 +14,27 @@ Tree = Any  # dict[str, Tree] | list[Tree] | leaf
 
 def map(fn: Callable, tree: Tree, *rest: Tree) -> Tree:
     """Applies ``fn`` leaf by leaf to trees of one structure; raises ValueError where the structures differ."""
-    return map_with_path(lambda _, *leaves: fn(*leaves), tree, *rest)
+    try:
+        return _map(fn, tree, rest)
+    except _Differ:
+        return map_with_path(lambda _, *leaves: fn(*leaves), tree, *rest)  # which says where
+
+
+class _Differ(Exception):
+    """Trees of two structures."""
+
+
+def _map(fn: Callable, tree: Tree, rest: tuple[Tree, ...]) -> Tree:
+    """``map`` without paths: a training step goes through its trees many times."""
+    if isinstance(tree, dict):
+        if any(type(other) is not type(tree) or list(other) != list(tree) for other in rest):
+            raise _Differ
+        return {key: _map(fn, child, tuple(other[key] for other in rest)) for key, child in tree.items()}
+    if isinstance(tree, list):
+        if any(type(other) is not type(tree) or len(other) != len(tree) for other in rest):
+            raise _Differ
+        return [_map(fn, child, tuple(other[i] for other in rest)) for i, child in enumerate(tree)]
+    return fn(tree, *rest)
 
 
 def map_with_path(fn: Callable, tree: Tree, *rest: Tree, path: str = "") -> Tree:
@@ -43,7 +63,20 @@ def items(tree: Tree, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def leaves(tree: Tree) -> list:
     """Lists the leaves in order."""
-    return [leaf for _, leaf in items(tree)]
+    found: list = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Tree, found: list) -> None:
+    if isinstance(tree, dict):
+        for child in tree.values():
+            _collect(child, found)
+    elif isinstance(tree, list):
+        for child in tree:
+            _collect(child, found)
+    else:
+        found.append(tree)
 
 
 def paths(tree: Tree) -> list[str]:

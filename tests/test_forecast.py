@@ -154,7 +154,7 @@ def test_rates_give_back_what_was_measured():
 def test_bad_tables_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no products in fp32: use --precision bf16"):
         H200.product_s(8, 8, 8, "fp32")
-    with pytest.raises(ValueError, match=r"machine is h300: use h200, or the file"):
+    with pytest.raises(ValueError, match=r"machine is h300: use h100, h200, or the file"):
         rates.load("h300")
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"bad.json is no table of rates.*capability.*bench.py rates"):
@@ -184,7 +184,8 @@ def test_commands_name_what_differs_from_the_default():
     )
 
 
-def test_the_shipped_table_tells_where_its_figures_come_from():
-    table = json.loads(Path(rates.find("h200")).read_text())
+@pytest.mark.parametrize("name", ["h100", "h200"])
+def test_a_shipped_table_tells_where_its_figures_come_from(name):
+    table = json.loads(Path(rates.find(name)).read_text())
     named = {"products", "attention", "copy_gb_per_s", "of_copy", "wait_us", "launch_us", "host_gb_per_s", "links"}
     assert named | {"host_update_ns", "around_ms"} == set(table["sources"])

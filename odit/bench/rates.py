@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odit import checks, graphs, optim, plan
+from odit import checks, optim, pace, plan
 from odit import kernels as fused_kernels
 from odit.bench import attention as attentions
 from odit.bench import kernels
@@ -30,9 +30,9 @@ from odit.parallel import mesh as meshes
 from odit.parallel.mesh import Axis
 from odit.rates import find
 
+MISCELLANEOUS = ("of_copy", "host_update_ns", "host_gb_per_s", "around_ms", "launch_us")
 WIDTH = 1152  # of the rows that passes run over
 HOST_BYTES = 2**28  # of a copy between host and device
-BUSY_S = 0.4  # of products without a pause
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def measured(cfg: Rates, device: torch.device, speaks: bool) -> dict[str, Any]:
     found["host_update_ns"] = round(1e9 * host_update_s(cfg) / (cfg.parameters // 4), 4)
     found["around_ms"] = around_ms(cfg)
     if on_gpu:
-        found["host_gb_per_s"] = round(host_gb_per_s(cfg, device), 1)
-    told({name: found.get(name) for name in ("of_copy", "host_update_ns", "host_gb_per_s", "around_ms")}, speaks)
+        found["host_gb_per_s"], found["launch_us"] = round(host_gb_per_s(cfg, device), 1), launch_us(cfg)
+    told({name: found[name] for name in MISCELLANEOUS if name in found}, speaks)
     return found
 
 
@@ -147,25 +147,8 @@ def product(cfg: Rates, device: torch.device, precision: str, shape: str) -> dic
     m, n, k = map(int, shape.split("x"))
     dtype = plan.DTYPES[precision]
     x, w = drawn(0, (m, k), device).to(dtype), drawn(1, (n, k), device).to(dtype)
-    ms = sustained_ms(device, cfg.repeats, lambda: torch.nn.functional.linear(x, w))
+    ms = milliseconds(device, cfg.repeats, lambda: torch.nn.functional.linear(x, w))
     return {"precision": precision, "m": m, "n": n, "k": k, "tflops": digits(2 * m * n * k / ms / 1e9)}
-
-
-def sustained_ms(device: torch.device, repeats: int, run: Callable[[], Any]) -> float:
-    """Of one call in the second half of ``BUSY_S`` seconds without a pause: products draw a GPU's full power, and after
-    a tenth of a second its clock is lower than in the first calls."""
-    if device.type != "cuda":
-        return milliseconds(device, repeats, run)
-    many = graphs.captured(lambda: [run() for _ in range(repeats)][-1], copies=False)
-    rounds = 1
-    while rounds < 2**20:
-        began = now(device)
-        for _ in range(rounds):
-            many()
-        if (taken := now(device) - began) > BUSY_S / 2:
-            return 1e3 * taken / rounds / repeats
-        rounds *= 2
-    raise RuntimeError(f"2**20 rounds of {repeats} calls took {taken:.3f} s: is the clock right?")
 
 
 def attended(cfg: Rates, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -267,10 +250,21 @@ def host_update_s(cfg: Rates) -> float:
 
 def around_ms(cfg: Rates) -> float:
     """A training step of hardly any model, one thin block: draws, the batch's way to the device, figures, the host."""
+    return thin_step_ms(cfg, 1, "auto")
+
+
+def launch_us(cfg: Rates) -> float:
+    """What the host takes for a kernel of thin blocks whose launches no graph keeps."""
+    few, more = (thin_step_ms(cfg, depth, "auto+nographs") for depth in (1, 9))
+    return round(1e3 * (more - few) / 8 / (pace.FORWARD_KERNELS + pace.BACKWARD_KERNELS), 1)
+
+
+def thin_step_ms(cfg: Rates, depth: int, way: str) -> float:
+    """A training step of so many blocks of one head."""
     asked = training.Train(preset="dit-s-8", steps=cfg.repeats, device=cfg.device)
-    run = training.run_of(asked, "auto")
-    few = dataclasses.replace(run.model, width=64, heads=1, depth=1)
-    return training.measure(asked, dataclasses.replace(run, model=few))[0]["ms"]
+    run = training.run_of(asked, way)
+    thin = dataclasses.replace(run.model, width=64, heads=1, depth=depth)
+    return training.measure(asked, dataclasses.replace(run, model=thin))[0]["ms"]
 
 
 def host_gb_per_s(cfg: Rates, device: torch.device) -> float:

@@ -1,7 +1,7 @@
-"""How fast a machine is, part by part: tables that ``experiments/bench.py rates`` writes, one of which ships.
+"""How fast a machine is, part by part: tables that ``experiments/bench.py rates`` writes, two of which ship.
 
-``h200.json`` holds measurements of one NVIDIA H200 (parts alone; its whole steps play no part in it). What a machine's
-table lacks is null there, and ``forecast`` says what it takes instead.
+``h100.json`` and ``h200.json`` hold measurements of one NVIDIA H100 and one H200, of parts alone: whole steps play no
+part in them but for what the host takes to launch a kernel. ``sources`` says where each figure comes from.
 """
 
 from __future__ import annotations
