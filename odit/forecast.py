@@ -233,6 +233,11 @@ def assumed(cluster: Cluster) -> list[str]:
         f"assumed: rates of {m.device}; {joined} ({links})",
         f"assumed: {100 * MARGIN:.0f} % of the memory is lost to the allocator and to libraries, and where a step is "
         f"one CUDA graph {GRAPH_SPARE} GiB more",
+        *[
+            "assumed: what the host takes is counted by kernels; on several ranks a small micro-batch makes it the "
+            "limit, and in stages 2 and 3 it takes more than that (README, which layout?)"
+        ]
+        * (cluster.gpus > 1),
         "assumed: fused kernels and every attention library; no time for data, validation, checkpoints or slow "
         "ranks; transfers take nothing from kernels beside them",
         *(f"rates: {name}: {source}" for name, source in m.sources.items()),

@@ -32,6 +32,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 AGAIN_S = 1.0  # a signal that comes sooner is the first one twice: to the terminal's group, and from the launcher
 
 ROLL_CALL_S = 2.0  # what ranks have to answer; a thread of each does so at once
+WORDS_S = 3.0  # what ranks have to raise the error that another one of them has ended by
 TELL_S = 2.0  # what storage has to take an exit code
 LOOK_S = 1.0  # how often a watch looks whether a step is late, and whether the other ranks of this machine live
 FOREVER_S = 20 * 86400.0  # in milliseconds it still fits the integer that the store uses
@@ -239,7 +240,7 @@ class Watch:
             return
         if not reason:
             with contextlib.suppress(RuntimeError):
-                self.store.set(f"left/{self.rank}", "")
+                self.store.set(f"left/{self.rank}", "error" if error and not isinstance(error, Stopped) else "")
         if error and not reason:
             return  # an error of this rank's own: its words come first, and then the process ends
         if reason:
@@ -263,23 +264,16 @@ class Watch:
                 self._take_part(store)
 
     def _time(self, store: Any) -> None:
-        others, gone = meshes.neighbours(self.rank, self.world), set()
+        others, gone = _Others(meshes.neighbours(self.rank, self.world)), set()
         while not self.left.wait(max(0.0, min(LOOK_S, self.due - time.monotonic()))):
             reason = f"no step in {self.patience_s:g} s" if time.monotonic() >= self.due else None
-            with contextlib.suppress(RuntimeError):
-                before, gone = gone, {r for r in others if self._gone(store, r)}
-                if lost := sorted(gone & before):  # seen twice: an error of a collective comes first, and says more
-                    reason = f"{meshes.name_ranks(lost)} ended"
-                if reason:
-                    self._call(store, reason)
+            before, gone = gone, others.gone(store)
+            if lost := sorted(gone & before):  # seen twice: an error of a collective comes first, and says more
+                reason = f"{meshes.name_ranks(lost)} ended"
             if reason:
+                with contextlib.suppress(RuntimeError):
+                    self._call(store, reason)
                 leave(DISTRIBUTED)
-
-    def _gone(self, store: Any, rank: int) -> bool:
-        """Whether a rank's process has ended without leaving the block."""
-        if not store.check([f"process/{rank}"]):
-            return False
-        return not meshes.lives(store.get(f"process/{rank}").decode()) and not store.check([f"left/{rank}"])
 
     def _call(self, store: Any, reason: str) -> None:
         if not store.check(["reason"]):
@@ -303,6 +297,41 @@ class Watch:
                 break
         Exit.tell(DISTRIBUTED, told)
         leave(DISTRIBUTED)
+
+
+class _Others:
+    """The processes of the other ranks that this rank's launcher started."""
+
+    def __init__(self, ranks: list[int]):
+        self.ranks, self.names, self.ended = ranks, {}, {}
+
+    def gone(self, store: Any) -> set[int]:
+        """The ranks that have ended without leaving a watch's block: at once where something killed them, after
+        ``WORDS_S`` where an error of their own did, which others may be about to raise too."""
+        now, found = time.monotonic(), set()
+        for rank in self.ranks:
+            if self._lives(store, rank):
+                continue
+            left = self._left(store, rank)
+            since = self.ended.setdefault(rank, now)
+            if left is None or (left == "error" and now - since > WORDS_S):
+                found.add(rank)
+        return found
+
+    def _lives(self, store: Any, rank: int) -> bool:
+        """By its name, for which the store is asked until it is there."""
+        if rank not in self.names:
+            with contextlib.suppress(RuntimeError):
+                if store.check([f"process/{rank}"]):
+                    self.names[rank] = store.get(f"process/{rank}").decode()
+        return meshes.lives(self.names.get(rank, ""))
+
+    def _left(self, store: Any, rank: int) -> str | None:
+        """How it left the block; None where it did not, or where nobody can be asked any more."""
+        try:
+            return store.get(f"left/{rank}").decode() if store.check([f"left/{rank}"]) else None
+        except RuntimeError:
+            return None
 
 
 def call_roll(store: Any, rank: int, world: int, reason: str) -> str:

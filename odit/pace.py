@@ -27,6 +27,7 @@ from odit.plan import Plan
 from odit.rates import Link, Rates
 
 FORWARD_KERNELS, BACKWARD_KERNELS = 12, 28  # of a block
+MEETINGS = 2 * 1.5  # rows that sums of gradients move: 3 each by count, half by time (37 us of 75 MB on an H100)
 RANKS_A_MACHINE = 8
 
 
@@ -164,8 +165,9 @@ def _passes_s(composed: Plan, machine: Rates, capability: tuple[int, int]) -> Bl
     forward = machine.pass_s((2 + 4 + 3) * row, "norm") + machine.pass_s(2 * wide, "gelu_forward") + turn
     sums = (3 + 1 + 1) * row * (n if composed.claimed else 1)
     entry = attended(composed.run, composed.shape, composed.sequence, capability)
-    packed = 0 if entry and entry.backend == "triton" and composed.sequence == "none" else 6
-    backward = machine.pass_s((3 + 6 + 3 + 2 * 1.5 + packed) * row, "norm") + machine.pass_s(sums, "sums")
+    plain_qk = not cfg.qk_norm and cfg.positions != "rotary"
+    packed = 0 if plain_qk and entry and entry.backend == "triton" and composed.sequence == "none" else 6
+    backward = machine.pass_s((3 + 6 + 3 + MEETINGS + packed) * row, "norm") + machine.pass_s(sums, "sums")
     return Block(forward, backward + machine.pass_s(3 * wide, "gelu_backward") + turn, 0.0)
 
 

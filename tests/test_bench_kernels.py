@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from odit.bench import kernels, optimizer, table
+from odit.bench import kernels, optimizer, rates, table
 
 pytest.importorskip("triton")
 
@@ -29,6 +29,11 @@ def test_the_row_of_the_optimizer(monkeypatch):
     monkeypatch.setattr(optimizer.models, "of", lambda cfg: type("one", (), {"declare": lambda *args: one}))
     row = optimizer.adamw_row(optimizer.Optimizer(preset="digits", repeats=1), torch.device("cpu"), 1.0)
     assert row["parameters"] == 5 and row["fused_error"] < 2 * row["eager_error"]
+
+
+def test_a_step_of_thin_blocks_is_measured():
+    cfg = rates.Rates(repeats=1, device="cpu")
+    assert rates.around_ms(cfg) > 0 and rates.thin_step_ms(cfg, 2, "auto+nographs") > 0
 
 
 def test_wrong_settings_are_refused():

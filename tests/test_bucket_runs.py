@@ -115,6 +115,7 @@ def test_every_step_is_of_one_bucket_and_all_have_steps(alone):
     assert {shape[1:] for shape in shapes} == SHAPES and all(shape[0] == 6 for shape in shapes)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("stage, sp, sequence", [(0, 1, "auto"), (3, 1, "auto"), (0, 3, "ulysses"), (3, 3, "ring")])
 def test_three_ranks_see_what_one_does(ranks, pictures, alone, stage, sp, sequence):
     """Tokens are 4 and 8 a sample: over three ranks the shares differ from bucket to bucket."""

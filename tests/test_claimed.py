@@ -315,6 +315,7 @@ def alive_on(mesh, run):
 
 
 @EVERY_MODEL
+@pytest.mark.every(2)
 def test_checkpoints_of_any_layout_are_read_by_any_other(ranks, tmp_path, model):
     """Every leaf bit for bit, moments and EMA too, between layouts with and without claims; a weights file also."""
     layouts = [(1, 1, 0, ""), (1, 2, 1, "HF"), (2, 1, 3, ""), (1, 3, 0, "HF"), (2, 2, 3, "HF")]

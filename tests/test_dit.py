@@ -77,6 +77,7 @@ def diffusers_twin(params, cfg, shape):
     return model.requires_grad_().eval(), config  # eval: no label dropout
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("cfg, shape", [
     (dit.sized("s", 2), dit.Shape(4, 32, 1000, 2)),
     (dit.sized("s", 8), dit.Shape(4, 32, 1000, 2)),

@@ -132,6 +132,7 @@ def test_an_odd_dp_beside_sp():
     assert check_mesh(8, None, 2, 2) == (4, 2)
 
 
+@pytest.mark.slow
 def test_the_sample_script_with_pairs(tmp_path):
     """A run that was not guided, drawn with guidance on two ranks."""
     run = dataclasses.replace(RUN, sampling=Sampling("euler", 2, Guidance(1.0)))

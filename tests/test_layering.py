@@ -17,7 +17,7 @@ BOTH_SIDES = {
     *("ablation", "comparison"),
 }
 ALLOWED = {
-    "kernels": {"ops", "tree", "random", "kernels"},
+    "kernels": {"ops", "tree", "kernels"},
     "parallel": {"ops", "tree", "param", "random", "optim", "parallel"},
 }
 RAW_DISTRIBUTED = {"odit/parallel/mesh.py", "odit/parallel/collectives.py"}

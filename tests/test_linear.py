@@ -80,6 +80,13 @@ def test_the_shapes_of_these_tests_have_several_spans_steps_and_blocks(monkeypat
     assert spans > 1 and blocks > 1 and constants["STEPS"] > 1
 
 
+def test_a_rank_without_heads_has_no_columns():
+    """As under fastseq or megatron on more ranks than heads."""
+    x, w, b = drawn("x", 2, 5, 8), drawn("w", 0, 8), drawn("b", 0)
+    given = [y.requires_grad_() for y in (x, w, b)]
+    assert [g.abs().sum() for g in torch.autograd.grad(linear(*given).sum(), given)] == [0, 0, 0]
+
+
 def test_rows_apart_columns_apart_and_none():
     x = drawn("x", 2, 40, 6, 96)
     expected = column_sums(x[:, :, 2].contiguous())

@@ -38,7 +38,7 @@ def killed_in(run, step):
     train_script.main(run)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_after_a_kill_no_bit_differs(tiny, tmp_path, precision):
     """20 steps against a kill in the thirteenth, with a checkpoint each five steps, and a resume."""
     whole = dataclasses.replace(tiny, precision=precision, checkpoint_every=5)

@@ -270,6 +270,7 @@ def test_exit_codes(error, code, capsys):
     assert left.value.code == code and capsys.readouterr().err == "error: what and why\n"
 
 
+@pytest.mark.slow
 def test_help_comes_within_a_second_of_importing_torch():
     """In processor time: wall time on an idle machine, and hardly more on a busy one; the best of three is warm."""
 

@@ -438,6 +438,7 @@ def timed_plain(mesh, transfer):
         return time.perf_counter() - start
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("transfer", [0.25, 0.8])
 def test_a_ring_hides_behind_its_work(ranks, n, transfer):

@@ -45,7 +45,7 @@ def moving_alone():
     return eight_steps(single(), MOVING)
 
 
-@pytest.mark.every(7)  # coprime to the axes, so that all their values come
+@pytest.mark.every(11)  # coprime to the axes, so that all their values come
 @pytest.mark.parametrize("name", [*NAMES, "auto"])
 @pytest.mark.parametrize("sp, stage", [(2, 2), (2, 3), (4, 2), (4, 3)])
 def test_digits_in_fp32_see_the_same_draws(ranks, digits_alone, name, sp, stage):
@@ -55,7 +55,7 @@ def test_digits_in_fp32_see_the_same_draws(ranks, digits_alone, name, sp, stage)
     same_log(ranks.run(4, eight_steps, run, **sizes(name, sp)), digits_alone)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("name", ["dsp", "auto"])
 @pytest.mark.parametrize("sp, stage", [(2, 2), (2, 3), (4, 2), (4, 3)])
 def test_moving_digits_in_fp32_see_the_same_draws(ranks, moving_alone, name, sp, stage):
@@ -71,7 +71,7 @@ def same_log(logs, alone):
             assert word == word1 and abs(loss - loss1) <= 1e-5
 
 
-@pytest.mark.every(7)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("how", ["block", "selective", "offload"])
 @pytest.mark.parametrize("name", NAMES)
 def test_remat_and_offload_change_nothing(ranks, digits_alone, name, how):
@@ -81,7 +81,7 @@ def test_remat_and_offload_change_nothing(ranks, digits_alone, name, how):
     same_log(ranks.run(4, eight_steps, run, **sizes(name, 2), timeout_s=SECONDS), digits_alone)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("options", [{"remat": "block"}, {"remat": "selective"}, {"offload": "optimizer"}])
 def test_remat_and_offload_change_nothing_of_dsp(ranks, moving_alone, options):
     run = dataclasses.replace(MOVING, micro_batch=2, parallel=Parallel(sp=2, sequence="dsp", zero=3, **options))
@@ -298,6 +298,7 @@ def compiled_dsp(mesh):
     return abs(found[0] - eager[0]) / eager[0], max(errors), num
 
 
+@pytest.mark.slow
 def test_compiled_dsp_equals_eager(ranks):
     """A pair of blocks has three stretches: before, between and after its two switches."""
     for loss, worst, (first, second) in ranks.run(2, compiled_dsp, sp=2, timeout_s=SECONDS):

@@ -50,3 +50,10 @@ def test_mapped_and_differentiated_forward():
 def test_fp64_takes_the_reference():
     x = draw((2, 3, 4, 8), torch.float64)
     assert torch.equal(turn(x), ops.turn(x))
+
+
+def test_second_derivatives():
+    x = draw((2, 3, 4, 8), torch.float32)
+    found, expected = (torch.func.grad(lambda y, f=f: torch.func.grad(lambda z: (f(z) ** 3).sum())(y).square().sum())(x)
+                       for f in (turn, ops.turn))  # fmt: skip
+    torch.testing.assert_close(found, expected)

@@ -328,6 +328,7 @@ def eight_steps(mesh, run):
     return log
 
 
+@pytest.mark.slow
 def test_checkpoints_of_any_layout_are_read_by_any_other(ranks, tmp_path):
     """Written by four layouts, read by four others: every leaf bit for bit, moments and EMA too."""
     run = dataclasses.replace(RUN, out=tmp_path)
@@ -362,6 +363,7 @@ def read_checkpoint(mesh, run):
     return state.params, state.opt.m, state.opt.v, state.ema
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("how", STAGES)
 def test_a_step_leaves_nothing_behind(how):
     """Tensors alive after a step are as many as after the one before, without help of the garbage collector."""

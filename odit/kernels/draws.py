@@ -18,11 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from odit import random
 from odit.kernels.launch import launch
 
 BLOCK, WARPS = 128, 4  # Philox blocks a program: one a lane
-LOG, SIN, COS = (tl.constexpr(series) for series in (random.LOG, random.SIN, random.COS))
+# Of artanh(s) / s in s^2, and of sin(x) / x and cos x in x^2, highest first: kernels import nothing of odit.random.
+LOG = tl.constexpr(tuple(1.0 / n for n in range(21, 0, -2)))
+SIN = tl.constexpr(tuple((-1) ** n / math.factorial(2 * n + 1) for n in range(8, -1, -1)))
+COS = tl.constexpr(tuple((-1) ** n / math.factorial(2 * n) for n in range(8, -1, -1)))
 ROOT_HALF, LN_2, TURN = tl.constexpr(math.sqrt(0.5)), tl.constexpr(math.log(2)), tl.constexpr(2 * math.pi)
 
 
@@ -101,17 +103,17 @@ def kernel(
     put(out_ptr, row, at + 3, size, z3, here)
 
 
-def uniform(k: random.Key, shape=(), ids: Tensor | None = None, *, device=None, start: int = 0) -> Tensor:
+def uniform(k: tuple[int, int], shape=(), ids: Tensor | None = None, *, device=None, start: int = 0) -> Tensor:
     """``random.uniform`` by the kernel."""
     return draw(k, shape, ids, device, start, normal=False)
 
 
-def normal(k: random.Key, shape=(), ids: Tensor | None = None, *, device=None, start: int = 0) -> Tensor:
+def normal(k: tuple[int, int], shape=(), ids: Tensor | None = None, *, device=None, start: int = 0) -> Tensor:
     """``random.normal`` by the kernel."""
     return draw(k, shape, ids, device, start, normal=True)
 
 
-def draw(k: random.Key, shape, ids: Tensor | None, device, start: int, normal: bool) -> Tensor:
+def draw(k: tuple[int, int], shape, ids: Tensor | None, device, start: int, normal: bool) -> Tensor:
     """One launch; arguments as ``random.bits``."""
     rows, several = (1, ()) if ids is None else (len(ids), (len(ids),))
     assert ids is None or ids.dtype == torch.int64, ids.dtype

@@ -98,8 +98,9 @@ def _gradient(launched: Callable, plain: Callable) -> Any:
         _keep(ctx, [x for x in inputs if isinstance(x, Tensor)])
 
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
-        pull = torch.func.vjp(lambda *tensors: plain(*tensors, *ctx.settings), *ctx.saved_tensors)[1]
-        return *pull(cotangents), *(None for _ in ctx.settings)
+        found, pull = torch.func.vjp(lambda *tensors: plain(*tensors, *ctx.settings), *ctx.saved_tensors)
+        pulled = pull(cotangents if isinstance(found, tuple) else cotangents[0])
+        return *pulled, *(None for _ in ctx.settings)
 
     def jvp(ctx: Any, *tangents: Any) -> tuple:
         tensors = tuple(x.contiguous() for x in ctx.saved_tensors)  # tangents take the strides, which may be 0

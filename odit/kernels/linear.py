@@ -47,7 +47,7 @@ def column_sums(x_GND: Tensor) -> Tensor:
     """The sums over N, (G, D), in x's dtype."""
     x = by_rows(x_GND)
     G, N, D = x.shape
-    columns = min(COLUMNS, triton.next_power_of_2(D))
+    columns = min(COLUMNS, triton.next_power_of_2(max(1, D)))  # 0 where a rank has no head
     rows, blocks = TILE // columns, triton.cdiv(D, columns)
     programs = 8 if x.device.type == "cpu" else PROGRAMS  # the interpreter's time is that of its operations
     tiles = triton.cdiv(N, rows)
