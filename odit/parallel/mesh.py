@@ -260,10 +260,10 @@ def lives(name: str) -> bool:
         return True
     pid, began = name.split()[2:]
     try:
-        state, started = _stat(int(pid))[0], _stat(int(pid))[19]
+        fields = _stat(int(pid))
     except OSError:
         return False
-    return started == began and state not in "ZX"
+    return fields[19] == began and fields[0] not in "ZX"  # neither a zombie nor dead
 
 
 def _stat(pid: int) -> list[str]:
