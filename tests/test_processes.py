@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from odit import checkpoint, crash, health, manifest, saving
@@ -60,14 +61,14 @@ def wait_until(true, seconds):
 
 
 @contextmanager
-def torchrun(tmp_path, *args, world=4, script=("experiments/train.py",), **environment):
+def torchrun(tmp_path, *args, world=4, device="cpu", script=("experiments/train.py",), **environment):
     """A small run on four ranks under torchrun that has come to its first steps: (launcher, log file).
 
     On random latents: scikit-learn, which has the digits, would double the time to start.
     """
     log, metrics = tmp_path / "log", tmp_path / "run" / "metrics.jsonl"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    command += [*script, "dit-s-8", *args, "--out", str(tmp_path / "run"), "--device", "cpu", *SMALL]
+    command += [*script, "dit-s-8", *args, "--out", str(tmp_path / "run"), "--device", device, *SMALL]
     with marked(tmp_path) as env, open(log, "w") as file:
         launcher = subprocess.Popen(command, cwd=ROOT, env=env | environment, stdout=file, stderr=file)
         wait_until(lambda: launcher.poll() is not None or (metrics.exists() and metrics.stat().st_size), START_S)
@@ -244,8 +245,7 @@ def test_ranks_with_different_command_lines_end_before_they_meet(tmp_path):
 STEPS = """
 import os, signal, sys, time
 import torch
-from odit import checkpoint, crash, health, manifest, saving
-from odit.health import NumericError
+from odit import health
 from odit.parallel import collectives, mesh as meshes
 
 def stop():
@@ -269,7 +269,8 @@ def main():
     does = dict(pair.split("=") for pair in sys.argv[1:])
     if does.get(os.environ["RANK"]) == "lose":
         os.environ["MASTER_PORT"] = "1"
-    rank, world, _ = meshes.start("cpu")
+    device = os.environ.get("STEPS_DEVICE", "cpu")
+    rank, world, _ = meshes.start(device)
     with health.Watch(meshes.store(), rank, world) as watch:
         mesh = meshes.make_mesh(world, rank, None, 1)
         meshes.warm_up(mesh)
@@ -277,10 +278,10 @@ def main():
             watch.beat()
             if step == 3 and str(rank) in does:
                 globals()[does[str(rank)]]()
-            step_together(mesh)
+            step_together(mesh, device)
 
-def step_together(mesh):
-    collectives.all_reduce_(torch.ones(9), mesh.all)
+def step_together(mesh, device):
+    collectives.all_reduce_(torch.ones(9, device=device), mesh.all).sum().item()
 
 health.run(main)
 """
@@ -324,6 +325,51 @@ def test_a_rank_that_is_lost_ends_those_that_no_collective_tells(steps, tmp_path
     pattern = r"error: rank 1 ended on rank [02]: rank 1 of 3 does not answer, ranks 0, 2 are in sleep \(steps.py:\d+\)"
     assert re.fullmatch(pattern, line), line
     assert ended - float((tmp_path / "lost").read_text()) < END_S + health.WORDS_S
+
+
+NCCL = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+
+
+class TestNccl:
+    """Whose calls never return when a rank is gone, and which no signal handler interrupts."""
+
+    pytestmark = NCCL
+
+    @pytest.mark.parametrize("whom", ["rank 0", "rank 1", "launcher"])
+    def test_a_kill_ends_the_job(self, tmp_path, whom):
+        with torchrun(tmp_path, "--no-progress", world=2, device="cuda") as (launcher, log):
+            found = {"launcher" if rank is None else f"rank {rank}": pid for pid, rank in processes(tmp_path).items()}
+            killed = time.monotonic()
+            os.kill(found[whom], signal.SIGKILL)
+            assert wait_until(lambda: not set(processes(tmp_path)) - {launcher.pid}, END_S), log.read_text()
+            assert launcher.wait(END_S) != 0 and time.monotonic() - killed < END_S
+        if whom != "launcher":
+            (line,), lost = errors([log.read_text()]), int(whom[-1])
+            assert f"rank {lost} of 2 does not answer" in line, line
+            assert exits(tmp_path / "run") == [{"code": 7, "reason": line.removeprefix("error: ")}]
+
+    def test_a_signal_leaves_a_checkpoint(self, tmp_path):
+        with torchrun(tmp_path, "--no-progress", "--steps", "100000", world=2, device="cuda") as (launcher, log):
+            launcher.terminate()
+            assert launcher.wait(3 * END_S) != 0
+            assert wait_until(lambda: not processes(tmp_path), END_S), processes(tmp_path)
+        assert [told["code"] for told in exits(tmp_path / "run")] == 2 * [75], log.read_text()
+        (step,) = checkpoint.steps(tmp_path / "run")
+        checkpoint.verify(saving.folder_of(tmp_path / "run", step))
+
+    def test_an_error_of_one_rank_ends_the_other(self, steps, tmp_path):
+        codes, texts = steps(2, "1=fail", STEPS_DEVICE="cuda")
+        ended = time.time() - float((tmp_path / "lost").read_text())
+        assert codes == [7, 2] and ended < END_S + health.WORDS_S, (codes, ended, texts)
+        assert errors(texts[1:]) == ["error: the words of rank 1"]
+        (line,) = errors(texts[:1])
+        assert "rank 1 of 2 does not answer, rank 0 is in step_together" in line, line
+
+    def test_a_rank_that_hangs_is_named(self, steps):
+        codes, texts = steps(2, "1=stop", STEPS_DEVICE="cuda", ODIT_TIMEOUT_S="8")
+        assert codes == [7, None], texts
+        (line,) = errors(texts)
+        assert "no step in 8 s on rank 0: rank 1 of 2 does not answer, rank 0 is in step_together" in line, line
 
 
 def test_which_processes_live():
