@@ -20,7 +20,7 @@ from odit.parallel import sequence
 from odit.parallel.offload import MARGIN
 from odit.rates import Link, Rates
 
-GRAPH_SPARE = 3.5  # GiB that a graph's pool was seen to reserve beside what a step's tensors need (1 to 3.5)
+GRAPH_SPARE = 2.5  # GiB that a graph's pool may reserve beside what a step's tensors need (0.2 to 2.2 on an H100)
 GIB = 2**30
 DETERMINISTIC = {None: [], True: ["--deterministic"], False: ["--no-deterministic"]}
 REMATS = ("none", "selective", "block")
@@ -61,12 +61,19 @@ class Forecast:
     footprint: Footprint
     pace: Pace
     missing_gib: float
-    """What it takes beyond the room there is; not positive where it fits."""
+    """What it may take beyond the room there is; not positive where it fits for sure."""
+    over_gib: float
+    """What its tensors alone take beyond all of the memory; positive where it cannot run."""
 
     @property
     def fits(self) -> bool:
-        """Whether every rank has the memory."""
+        """Whether every rank has the memory, with all that an allocator may waste."""
         return self.missing_gib <= 0
+
+    @property
+    def verdict(self) -> str:
+        """fits, too large, or close: what the allocator wastes decides."""
+        return "fits" if self.fits else "too large" if self.over_gib > 0 else "close"
 
     @property
     def layout(self) -> str:
@@ -133,6 +140,7 @@ def one(run: Run, shape: Shape, cluster: Cluster) -> Forecast:
         footprint=held,
         pace=pace(composed, cluster.machine, capability, links),
         missing_gib=held.taken / GIB + GRAPH_SPARE * one_graph - cluster.room_gib,
+        over_gib=held.peak / GIB - cluster.memory_gib,
     )
 
 
@@ -174,8 +182,9 @@ def row(found: Forecast) -> dict[str, Any]:
         "remat": p.remat,
         "offload": p.offload,
         "micro_batch": found.micro_batch,
-        "fits": found.fits,
+        "verdict": found.verdict,
         "missing_gib": round(max(0.0, found.missing_gib), 3),
+        "over_gib": round(max(0.0, found.over_gib), 3),
         "ms": round(1e3 * found.pace.step, 2),
         "samples_per_s": round(found.run.global_batch / found.pace.step, 1),
         **{f"{name}_gib": round(size / GIB, 3) for name, size in held.items()},
@@ -204,23 +213,27 @@ def _line(cells: tuple[str, ...]) -> str:
 
 
 def describe(preset: str, found: list[Forecast], refused: list[str], cluster: Cluster, most: int) -> str:
-    """The table of the fastest layouts that fit, the command of the first, what does not fit, and what is assumed."""
-    fits, large = [f for f in found if f.fits], [f for f in found if not f.fits]
-    lines = [f"{len(fits)} of {len(found)} layouts fit {cluster.gpus} x {cluster.memory_gib:g} GiB; the fastest:"]
+    """The table of the fastest layouts that fit, the first one's command, what may or does not fit, what is assumed."""
+    fits, close, large = ([f for f in found if f.verdict == v] for v in ("fits", "close", "too large"))
+    room = f"{cluster.gpus} x {cluster.memory_gib:g} GiB"
     if fits:
-        lines = [*lines, "", table(fits[:most]), "", "run it:  " + command(preset, fits[0], cluster.gpus, cluster.node)]
+        lines = [f"{len(fits)} of {len(found)} layouts fit {room}; the fastest:", "", table(fits[:most]), ""]
+        lines += ["run it:  " + command(preset, fits[0], cluster.gpus, cluster.node)]
     else:
-        lines = [f"none of {len(found)} layouts fits {cluster.gpus} x {cluster.memory_gib:g} GiB"]
-    if large:
-        lines += ["", "too large, by so many GiB, the fastest first:" if fits else "what lacks least:"]
-        large.sort(key=lambda f: f.pace.step if fits else f.missing_gib)
-        lines += [_lacks(f) for f in large[:most]]
+        lines = [f"none of {len(found)} layouts surely fits {room}"]
+    order = "the fastest first" if fits else "what lacks least first"
+    for unfit, head, attribute in (
+        (close, "too close to tell, so many GiB are missing to be sure", "missing_gib"),
+        (large, "too large, by so many GiB", "over_gib"),
+    ):
+        unfit.sort(key=lambda f: f.pace.step if fits else getattr(f, attribute))
+        lines += ["", f"{head}, {order}:", *(_lacks(f, getattr(f, attribute)) for f in unfit[:most])] if unfit else []
     lines += ["", *(f"cannot run: {line}" for line in refused[:3]), *assumed(cluster)]
     return "\n".join(lines)
 
 
-def _lacks(f: Forecast) -> str:
-    return f"{f.missing_gib:8.2f} {1e3 * f.pace.step:10.1f} ms  micro {f.micro_batch}, {f.layout}"
+def _lacks(f: Forecast, gib: float) -> str:
+    return f"{gib:8.2f} {1e3 * f.pace.step:10.1f} ms  micro {f.micro_batch}, {f.layout}"
 
 
 def assumed(cluster: Cluster) -> list[str]:
@@ -231,8 +244,8 @@ def assumed(cluster: Cluster) -> list[str]:
     links = ", ".join(f"{name} {x.gb_per_s:g} GB/s a rank" for name, x in m.links.items())
     return [
         f"assumed: rates of {m.device}; {joined} ({links})",
-        f"assumed: {100 * MARGIN:.0f} % of the memory is lost to the allocator and to libraries, and where a step is "
-        f"one CUDA graph {GRAPH_SPARE} GiB more",
+        f"assumed: allocator and libraries waste {100 * MARGIN:.0f} % of memory, and where a step is one CUDA "
+        f"graph {GRAPH_SPARE} GiB more; too large is what has tensors beyond all of it",
         *[
             "assumed: what the host takes is counted by kernels; on several ranks a small micro-batch makes it the "
             "limit, and in stages 2 and 3 it takes more than that (README, which layout?)"

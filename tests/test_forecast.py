@@ -163,14 +163,18 @@ def test_bad_tables_are_refused(tmp_path):
 
 def test_the_script_tells_what_fits(tmp_path, capsys):
     script = conftest.script("plan")
-    script.main(script.Plan("dit-s-8", gpus=1, memory_gib=5.5, global_batch=2048, out=tmp_path / "plan.json"))
+    script.main(script.Plan("dit-s-8", gpus=1, memory_gib=4.5, global_batch=2048, out=tmp_path / "plan.json"))
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "plan.json").read_text())["layouts"]
-    fits = [row for row in found if row["fits"]]
-    assert 0 < len(fits) < len(found) == 45 and f"{len(fits)} of 45 layouts fit 1 x 5.5 GiB" in printed
+    fits, close, large = ([row for row in found if row["verdict"] == v] for v in ("fits", "close", "too large"))
+    assert fits and close and large and len(fits + close + large) == len(found) == 45
+    assert f"{len(fits)} of 45 layouts fit 1 x 4.5 GiB" in printed
     assert [row["ms"] for row in fits] == sorted(row["ms"] for row in fits)
-    assert all(row["missing_gib"] > 0 for row in found if not row["fits"])
-    assert "run it:  python experiments/train.py dit-s-8 --global-batch 2048" in printed and "too large, by" in printed
+    assert all(row["missing_gib"] == row["over_gib"] == 0 for row in fits)
+    assert all(row["missing_gib"] > 0 and row["peak_gib"] <= 4.5 for row in close)
+    assert all(0 < row["over_gib"] == pytest.approx(row["peak_gib"] - 4.5, abs=2e-3) for row in large)
+    assert "run it:  python experiments/train.py dit-s-8 --global-batch 2048" in printed
+    assert "too close to tell, so many GiB are missing" in printed and "too large, by so many GiB" in printed
 
 
 def test_commands_name_what_differs_from_the_default():

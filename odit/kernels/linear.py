@@ -23,12 +23,14 @@ from odit.kernels.rows import SMS, WARPS, totals
 
 TILE, COLUMNS = 4096, 128  # elements of a tile, and its columns
 PROGRAMS = 4 * SMS  # all of them run at once
+STAGES = 3  # tiles whose loads are under way at once
 WIDEST = 2**20
 
 
 @triton.jit
 def sums_kernel(
     x_ptr, partial_ptr, N, D, spans, blocks, x_g, x_n, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks  # neighbours have neighbouring columns
     column_C = block * C + tl.arange(0, C)
@@ -36,7 +38,7 @@ def sums_kernel(
     first = (rest % spans) * STEPS * R
     x_ptr += (rest // spans).to(tl.int64) * x_g
     total = tl.zeros((R, C), tl.float32)
-    for step in tl.range(0, STEPS, num_stages=3):
+    for step in tl.range(0, STEPS, num_stages=STAGES):
         row_R = (first + step * R + tl.arange(0, R)).to(tl.int64)
         mask = (row_R < N)[:, None] & there_C[None, :]
         total += tl.load(x_ptr + row_R[:, None] * x_n + column_C[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -56,7 +58,7 @@ def column_sums(x_GND: Tensor) -> Tensor:
     partial = x.new_empty((G, spans, 1, D), dtype=torch.float32)
     launch(
         sums_kernel, G * spans * blocks, x.device, x, partial, N, D, spans, blocks, x.stride(0), x.stride(1),
-        R=rows, C=columns, STEPS=steps, num_warps=WARPS,
+        R=rows, C=columns, STEPS=steps, STAGES=STAGES, num_warps=WARPS,
     )  # fmt: skip
     return totals(partial, x.dtype)[:, 0]
 
