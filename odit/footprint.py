@@ -143,8 +143,8 @@ def footprint(composed: Plan, capability: tuple[int, int]) -> Footprint:
 
 def graphed(composed: Plan) -> bool:
     """Whether forward and backward would be one CUDA graph there (``Plan.graph_obstacle``)."""
-    one = composed.mesh.world == 1 and composed.run.parallel.offload == "none"
-    return one and composed.run.graphs and composed.dtype != torch.float16 and composed.front.text is None
+    on_device = composed.run.parallel.offload == "none"
+    return on_device and composed.run.graphs and composed.dtype != torch.float16 and composed.front.text is None
 
 
 class Part(NamedTuple):

@@ -66,7 +66,8 @@ def _record(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=side):
+        # other threads may do as they like: NCCL's asks for events, a checkpoint's locks memory
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             result = run()
     except torch.OutOfMemoryError:
         raise

@@ -362,11 +362,9 @@ def graphed_gradients(plan: Plan, params: tree.Tree) -> Callable[[Tensor, tree.T
             there[:] = [g is not None for g in tree.leaves(grads)]
             return [loss_B, *(g for g in tree.leaves(grads) if g is not None)]
 
-        plan.graphs[place] = graphs.captured(run, copies=False), there, tree.leaves(held.whole)
-    captured, there, working = plan.graphs[place]
-    stale = [(w, p) for w, p in zip(working, tree.leaves(params)) if w.data_ptr() != p.data_ptr()]
-    if stale:  # else the weights are used as they are
-        torch._foreach_copy_(*map(list, zip(*stale)))
+        plan.graphs[place] = graphs.captured(run, copies=False), there, held
+    captured, there, held = plan.graphs[place]
+    plan.layout.hold(params, into=held)  # a graph reads them where they were
 
     def call(x: Tensor, y: tree.Tree, draws: Draws) -> tuple[Tensor, tree.Tree]:
         loss_B, *found = captured(x, y, *draws)

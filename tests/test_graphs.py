@@ -1,12 +1,15 @@
 """Model calls as graphs: a stand-in that runs again what it recorded, from the memory it was recorded with; CUDA's own
 on a GPU."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import redraw
 
-from odit import graphs, random, sample, tree
-from odit.config import Guidance, Sampling
+from odit import data, graphs, plan, random, sample, train, tree
+from odit.config import Guidance, Parallel, Sampling
+from odit.data import loader
 
 KEY = random.key(2)
 
@@ -22,7 +25,8 @@ class Recorder:
         result = run()
 
         def replay():
-            result.copy_(run())
+            for there, new in zip(tree.leaves([result]), tree.leaves([run()]), strict=True):
+                there.copy_(new)
 
         return replay, result
 
@@ -59,6 +63,50 @@ def test_arguments_are_not_written_to():
     call(*args)
     call(*draw(1))
     assert torch.equal(args[0], draw(0)[0]) and torch.equal(args[2]["a"], draw(0)[2]["a"])
+
+
+LAYOUTS = {
+    "zero 0": Parallel(),
+    "zero 1": Parallel(zero=1),
+    "zero 2": Parallel(zero=2),
+    "zero 3": Parallel(zero=3),
+    "zero 3, block": Parallel(zero=3, remat="block"),
+    "zero 1, ulysses": Parallel(zero=1, sp=2, sequence="ulysses"),
+    "zero 2, megatron": Parallel(zero=2, sp=2, sequence="megatron"),
+    "zero 3, ring": Parallel(zero=3, sp=2, sequence="ring"),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_steps_of_ranks_are_those_without_graphs(ranks, tiny, layout, precision):
+    """Weights move between replays: what a graph reads of them is filled again where it was."""
+    run = dataclasses.replace(tiny, precision=precision, parallel=LAYOUTS[layout], global_batch=8, micro_batch=2)
+    sp = run.parallel.sp or 1
+    for plainly, graphed, recorded in ranks.run(2, both_ways, run, dp=2 // sp, sp=sp):
+        assert plainly == graphed and recorded == 1
+
+
+def both_ways(mesh, run):
+    """Three steps without graphs and with the stand-in: their metrics and the last weights' sums."""
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "_recorder", lambda: recorder)
+        plainly = steps_of(mesh, run)
+        patch.setattr(plan.Plan, "graph_obstacle", None)
+        return plainly, steps_of(mesh, run), recorder.recorded
+
+
+def steps_of(mesh, run):
+    dataset = data.open_dataset(run.data)
+    composed = plan.make(dataclasses.replace(run, device="cpu"), dataset, mesh)
+    share = (mesh.dp.rank, mesh.dp.size)
+    batches = loader.batches(dataset, KEY, global_batch=run.global_batch, stop=3, part=share)
+    state, step, told = train.init_state(composed, KEY), train.make_step(composed), []
+    for batch in batches:
+        state, metrics = step(state, batch, KEY)
+        told.append(metrics)
+    return told, [leaf.double().sum().item() for leaf in tree.leaves(state.params)]
 
 
 @pytest.mark.gpu

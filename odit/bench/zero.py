@@ -34,6 +34,8 @@ class Zero:
     """Activations computed again in backward."""
     compile: bool = False
     """Compiles the blocks; what is planned is of eager ones."""
+    graphs: bool = True
+    """Forward and backward of a micro-batch are one CUDA graph where they can be."""
     reduce: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which gradients are summed."""
     clip: float | None = None
@@ -71,6 +73,7 @@ def zero_row(cfg: Zero, layout: str, mesh: meshes.Mesh) -> dict[str, Any]:
         "precision": cfg.precision,
         "remat": cfg.remat,
         "compile": cfg.compile,
+        "graphs": cfg.graphs,
     }
     front = plan.load_front(run, mesh)
     composed = plan.make(run, data.open_dataset(run.data, front.tokenize), mesh, front)
@@ -120,6 +123,7 @@ def zero_run(cfg: Zero, layout: str) -> config.Run:
         evaluate=False,
         optimizer=dataclasses.replace(run.optimizer, clip=clip),
         compile=cfg.compile,
+        graphs=cfg.graphs,
         parallel=config.Parallel(zero=int(stage), reduce=cfg.reduce, remat=cfg.remat, offload=offload, memory_gib=gib),
     )
 
@@ -140,6 +144,9 @@ def measure_steps(cfg: Zero, composed: plan.Plan) -> dict[str, Any]:
         began = now(composed.device)
         state, metrics = step(state, batch, key)
         times.append(1e3 * (now(composed.device) - began))
+    plainly = dataclasses.replace(composed, run=dataclasses.replace(composed.run, graphs=False))
+    composed.graphs.clear()  # in a graph nothing is recorded
+    step = train.make_step(plainly)
     with recorder.recording() as events:
         step(state, batch, key)
         exposed = 1e3 * recorder.exposed_s(events)

@@ -211,9 +211,9 @@ class Convoy:
         found = [b.finish_gather(p, s) for b, p, s in zip(self.bundles, pending, self._shared_out(shards))]
         return Whole([flat for whole in found for flat in whole.flats], self._joined([w.leaves for w in found]))
 
-    def gather(self, shards: list[Tensor]) -> Whole:
-        """The whole leaves, at once."""
-        return self.finish_gather(self.start_gather(shards), shards)
+    def gather(self, shards: list[Tensor], into: Whole | None = None) -> Whole:
+        """The whole leaves, at once; ``into`` is filled again."""
+        return self.finish_gather(self.start_gather(shards, into), shards)
 
     def start_reduce(self, grads: list[Tensor]) -> list[Reducing]:
         """Starts the sums of whole gradients, each over its bundle's axis."""

@@ -108,19 +108,31 @@ class Layout:
         places = [tuple(i for i, s in enumerate(specs) if (s.claimed is None) == free) for free in (True, False)]
         return [(axis, found) for axis, found in zip((self.axis, self.dp), places) if found]
 
-    def hold(self, shards: tree.Tree) -> Held:
-        """The working weights that stand for a whole step: all (stages 0 to 2) or those outside the blocks (3)."""
+    def hold(self, shards: tree.Tree, into: Held | None = None) -> Held:
+        """The working weights that stand for a whole step: all (stages 0 to 2) or those outside the blocks (3).
+
+        ``into`` are those of an earlier step, whose memory is filled again.
+        """
         with torch.no_grad():
             if self.stage == 0:
-                return Held(tree.map(lambda p: p.detach().to(self.dtype), shards), None, None)
+                return Held(self._cast(shards, into), None, None)
             outside, blocks = _without(shards, BLOCKS), shards[BLOCKS]
-            outer = self.outer.gather(tree.leaves(outside))
+            outer = self.outer.gather(tree.leaves(outside), into and into.outer)
             if self.stage == 3:
                 return Held(None, outer, None)
-            inner = tuple(bundle.gather(tree.leaves(p)) for bundle, p in zip(self.inner, blocks))
+            rooms = into.inner if into else [None] * len(blocks)
+            inner = tuple(b.gather(tree.leaves(p), room) for b, p, room in zip(self.inner, blocks, rooms))
             named = tree.unflatten(outside, outer.leaves)
             named[BLOCKS] = [tree.unflatten(p, w.leaves) for p, w in zip(blocks, inner)]
             return Held({k: named[k] for k in shards}, outer, inner)
+
+    def _cast(self, shards: tree.Tree, into: Held | None) -> tree.Tree:
+        if into is None:
+            return tree.map(lambda p: p.detach().to(self.dtype), shards)
+        stale = [(w, p) for w, p in zip(tree.leaves(into.whole), tree.leaves(shards)) if w.data_ptr() != p.data_ptr()]
+        if stale:  # else the weights are used as they are
+            torch._foreach_copy_(*map(list, zip(*stale)))
+        return into.whole
 
     def targets(self, shards: tree.Tree, held: Held) -> tree.Tree:
         """What gradients are taken of: whole working weights (stages 0 and 1) or shards."""
