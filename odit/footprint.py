@@ -143,8 +143,8 @@ def footprint(composed: Plan, capability: tuple[int, int]) -> Footprint:
 
 def graphed(composed: Plan) -> bool:
     """Whether forward and backward would be one CUDA graph there (``Plan.graph_obstacle``)."""
-    on_device = composed.run.parallel.offload == "none"
-    return on_device and composed.run.graphs and composed.dtype != torch.float16 and composed.front.text is None
+    apart = composed.mesh.sp.size == 1 and composed.layout.stage == 0 and composed.run.parallel.offload == "none"
+    return apart and composed.run.graphs and composed.dtype != torch.float16 and composed.front.text is None
 
 
 class Part(NamedTuple):

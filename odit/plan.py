@@ -26,7 +26,6 @@ from odit.models import dit
 from odit.models.config import Config, Shape, Size
 from odit.ops import Ops, flash
 from odit.parallel import collectives, sequence, zero
-from odit.parallel import mesh as meshes
 from odit.parallel.mesh import Mesh, single
 from odit.parallel.place import Place
 from odit.parallel.spec import unsplit
@@ -108,16 +107,13 @@ class Plan:
             return f"the device is {self.device.type}"
         if self.home != self.device:
             return "weights are in host memory"
-        if self.talks and not meshes.capturable():
-            return f"{self.mesh.world} ranks talk to each other in it through the host"
+        if self.mesh.sp.size > 1:
+            return f"parallel.sp {self.mesh.sp.size} passes tokens between ranks in it"
+        if self.layout.stage > 0:
+            return f"parallel.zero {self.layout.stage} moves weights"
         if self.dtype == torch.float16:
             return "the loss scale of fp16 changes"
         return "a frozen text encoder runs in it" if self.front.text is not None else None
-
-    @property
-    def talks(self) -> bool:
-        """Whether ranks exchange anything during forward and backward of a micro-batch."""
-        return self.mesh.sp.size > 1 or (self.layout.stage >= 2 and self.mesh.world > 1)
 
     @functools.cached_property
     def graphs(self) -> dict[Any, Any]:

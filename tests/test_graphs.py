@@ -97,6 +97,31 @@ def both_ways(mesh, run):
         return plainly, steps_of(mesh, run), recorder.recorded
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2])
+def test_weights_are_filled_again_where_they_were(ranks, tiny, world, stage):
+    run = dataclasses.replace(tiny, precision="bf16", parallel=Parallel(zero=stage), global_batch=2)
+    for before, after, right in ranks.run(world, held_again, run, dp=world, sp=1):
+        assert before == after and right
+
+
+def held_again(mesh, run):
+    """Where the weights of two steps lie, and whether the second ones are right."""
+    composed = plan.make(dataclasses.replace(run, device="cpu"), data.open_dataset(run.data), mesh)
+    layout, params = composed.layout, train.init_state(composed, KEY).params
+    held = layout.hold(params)
+    before = [leaf.data_ptr() for leaf in leaves_of(held)]
+    with torch.no_grad():
+        torch._foreach_add_(tree.leaves(params), 1.0)
+    again = leaves_of(layout.hold(params, held))
+    right = all(map(torch.equal, again, leaves_of(layout.hold(params))))
+    return before, [leaf.data_ptr() for leaf in again], right
+
+
+def leaves_of(held):
+    return tree.leaves(held.whole) if held.whole is not None else held.outer.leaves
+
+
 def steps_of(mesh, run):
     dataset = data.open_dataset(run.data)
     composed = plan.make(dataclasses.replace(run, device="cpu"), dataset, mesh)

@@ -144,6 +144,7 @@ def measure_steps(cfg: Zero, composed: plan.Plan) -> dict[str, Any]:
         began = now(composed.device)
         state, metrics = step(state, batch, key)
         times.append(1e3 * (now(composed.device) - began))
+    most, reserved = peak(composed.device), torch.cuda.max_memory_reserved() if on_gpu else None
     plainly = dataclasses.replace(composed, run=dataclasses.replace(composed.run, graphs=False))
     composed.graphs.clear()  # in a graph nothing is recorded
     step = train.make_step(plainly)
@@ -158,6 +159,6 @@ def measure_steps(cfg: Zero, composed: plan.Plan) -> dict[str, Any]:
         "exposed_ms": exposed,
         "gathered": gathered,
         "reduced": sum(t.bytes for t in moved.values()) - gathered,
-        "peak": peak(composed.device),
+        "peak": most,
     }
-    return found | ({"reserved": torch.cuda.max_memory_reserved()} if on_gpu else {})
+    return found | ({"reserved": reserved} if on_gpu else {})

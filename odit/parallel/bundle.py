@@ -238,6 +238,8 @@ def free_(whole: Whole) -> None:
 
 
 def refill_room_(whole: Whole) -> None:
-    """Takes the memory of freed whole leaves again, with undefined content."""
+    """Takes the memory of freed whole leaves again, with undefined content; what was not freed stays where it is."""
     for flat in whole.flats:
-        flat.untyped_storage().resize_(flat.numel() * flat.element_size())
+        storage, size = flat.untyped_storage(), flat.numel() * flat.element_size()
+        if storage.nbytes() != size:  # as resizing moves a storage even to its own size
+            storage.resize_(size)

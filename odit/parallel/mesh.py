@@ -326,11 +326,6 @@ def warm_up(mesh: Mesh) -> None:
         assert total == axis.size, f"axis {axis.name} counts {total} ranks and has {axis.size}"
 
 
-def capturable() -> bool:
-    """Whether a CUDA graph can hold what ranks exchange: NCCL's is kernels, gloo's the host's work."""
-    return dist.is_initialized() and dist.get_backend() == "nccl"
-
-
 def stop() -> None:
     """Ends the process group, if there is one; not while an error leaves: NCCL would wait for ranks that are gone."""
     if dist.is_initialized() and sys.exc_info()[0] is None:
