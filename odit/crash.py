@@ -31,6 +31,7 @@ from torch import Tensor
 from odit import checkpoint, config, health, manifest, plan, random, saving, train, tree
 from odit.data import Batch
 from odit.data.dataset import sample_ids
+from odit.draws import Draws, draw
 from odit.front import Front
 from odit.health import CheckpointError, NumericError
 from odit.models.config import Shape
@@ -39,7 +40,7 @@ from odit.parallel import collectives
 from odit.parallel import mesh as meshes
 from odit.plan import Plan
 from odit.storage import DISK, Disk
-from odit.train import Draws, TrainState
+from odit.train import TrainState
 
 PLACE, FACTS, ROLE = "crashes", "crash.json", "param"
 NAMED = 8  # samples in a sentence
@@ -144,7 +145,7 @@ def entered(plan: Plan, part: Batch, key: random.Key) -> dict[str, Tensor]:
     """A micro-batch as it enters the model, by name."""
     ids, x, y = tree.map(lambda field: field.to(plan.device), list(part))
     x = plan.front.latents(x, ids, key, plan.kernels.normal)
-    draws = train.draw(plan, ids, tuple(x.shape[1:]), key)
+    draws = draw(plan, ids, tuple(x.shape[1:]), key)
     y = plan.front.embed(train.conditions(plan, y, draws.dropped_B))
     return {"ids": ids, "x": x, **draws._asdict(), **{f"y.{path}": leaf for path, leaf in tree.items(y)}}
 

@@ -22,6 +22,7 @@ import torch
 
 from odit import memory, models, ops, plan, train, tree
 from odit.config import Parallel, Run
+from odit.draws import Draws
 from odit.kernels import attention
 from odit.models.config import Config, Shape
 from odit.parallel import mesh as meshes
@@ -266,7 +267,7 @@ def _weigh(run: Run, shape: Shape, capability: tuple[int, int], depth: int, batc
         y = tree.map(lambda c: c.expand(batch, *c.shape[1:]), composed.null)
         dropped_B = torch.empty(batch, dtype=torch.bool, device=device)
         t_B = composed.objective.draw_times(*(torch.empty(batch, device=device) for _ in range(2)))
-        draws = train.Draws(t_B, torch.empty_like(x), dropped_B)
+        draws = Draws(t_B, torch.empty_like(x), dropped_B)
         targets = tree.unflatten(composed.declared, leaves)
         loss = train.losses(composed, *composed.view(targets, held), x, y, draws).sum()
         kept = weigh.now() - before

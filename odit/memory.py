@@ -17,6 +17,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from odit import finetune, ops, random, train, tree
+from odit.draws import draw
 from odit.front import Front
 from odit.parallel import offload, zero
 from odit.plan import Plan
@@ -148,7 +149,7 @@ def _gradients(plan: Plan, params: tree.Tree, down: _Down | None) -> tree.Tree:
         ids = torch.empty(plan.micro_batch, dtype=torch.int64, device=META)
         x = torch.empty(plan.micro_batch, *shape, device=META)
         y = tree.map(lambda c: c.expand(plan.micro_batch, *c.shape[1:]), plan.null)
-        draws = train.draw(plan, ids, shape, random.key(0))
+        draws = draw(plan, ids, shape, random.key(0))
         sink: zero.Sink | None = None if down is None else down.sink
         _, grads = train.part_gradients(plan, params, held, x, y, draws, sink=sink)
         total = train.add(total, grads, params, plan.sums_dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from odit import random, train, tree
 from odit.data import BadSample, DataError, Dataset
+from odit.draws import Draws, draw
 from odit.ops import Ops, at_least_fp32
 from odit.parallel import collectives
 from odit.parallel.spread import spread
@@ -91,7 +92,7 @@ def _measure(
     """A row a sample, fp64: whether it was read, bin of t, loss and, with ``grad_norms``, the norm of its gradient."""
     x, y, read_B, ids_B = tree.map(lambda field: field.to(plan.device), [x, y, read_B, ids_B])
     x = plan.front.latents(x, ids_B, KEY, plan.kernels.normal)
-    draws = train.draw(plan, ids_B, tuple(x.shape[1:]), KEY)
+    draws = draw(plan, ids_B, tuple(x.shape[1:]), KEY)
     with torch.no_grad():
         columns = [read_B, plan.objective.bins(draws.t_B, BINS), train.losses(plan, *working, x, y, draws)]
     if plan.run.grad_norms:
@@ -99,13 +100,11 @@ def _measure(
     return torch.stack([column.double() for column in columns], 1)
 
 
-def sample_grad_norms(
-    plan: Plan, params: tree.Tree, x: Tensor, y: tree.Tree, draws: train.Draws, chunk: int = 16
-) -> Tensor:
+def sample_grad_norms(plan: Plan, params: tree.Tree, x: Tensor, y: tree.Tree, draws: Draws, chunk: int = 16) -> Tensor:
     """Norm of each sample's own gradient over all parameters (B,): vmap of grad, ``chunk`` samples at a time."""
 
     def norm(x, y, t, noise, dropped):
-        one = train.Draws(t[None], noise[None], dropped[None])
+        one = Draws(t[None], noise[None], dropped[None])
         y = tree.map(lambda c: c[None], y)
         grads = torch.func.grad(lambda p: train.losses(plan, p, plan.ops, x[None], y, one).sum())(params)
         return torch.stack([at_least_fp32(g).square().sum() for g in tree.leaves(grads)]).sum().sqrt()

@@ -14,6 +14,7 @@ from test_zero import KEY, RUN, weights_of
 
 from odit import checkpoint, config, data, memory, param, plan, random, train, tree
 from odit.data import loader
+from odit.draws import draw
 from odit.models import dit
 from odit.parallel import bundle, offload, recorder, spec
 from odit.parallel.mesh import Axis, single
@@ -305,7 +306,7 @@ def alive_on(mesh, run):
         most.append(now())
         return whole
 
-    draws = train.draw(composed, batch.ids_B, (1, 8, 8), KEY)
+    draws = draw(composed, batch.ids_B, (1, 8, 8), KEY)
     with mock.patch.object(bundle.Convoy, "finish_gather", finish_gather):
         train.part_gradients(composed, params, held, batch.x, batch.y, draws)
     return max(most), now()

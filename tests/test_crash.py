@@ -16,6 +16,7 @@ from test_precision import KEY, RUN, dataset, drawn_state, leaves_of, share_of
 from odit import checkpoint, config, crash, data, ops, plan, saving, train, tree
 from odit.crash import Replay, replay
 from odit.data import loader
+from odit.draws import draw
 from odit.health import CheckpointError, Damaged, NumericError
 from odit.parallel.mesh import single
 from odit.storage import Disk, StorageError
@@ -165,7 +166,7 @@ def test_what_encoders_made_is_kept_and_they_are_not_needed_again(tmp_path, monk
     state, (batch,) = train.init_state(composed, KEY), loader.batches(found, KEY, global_batch=4, stop=1)
     state = state._replace(step=1, params=tree.map(torch.Tensor.float, redraw(composed.declared)))
     x = front.latents(batch.x, batch.ids_B, KEY)
-    draws = train.draw(composed, batch.ids_B, tuple(x.shape[1:]), KEY)
+    draws = draw(composed, batch.ids_B, tuple(x.shape[1:]), KEY)
     loss = float(train.losses(composed, state.params, composed.ops, x, batch.y, draws).detach().double().mean())
     folder = crash.Keeper(composed).keep(state, batch, KEY, METRICS, told_of(composed, state))
     monkeypatch.setattr(plan, "load_front", lambda *args: pytest.fail("an encoder is loaded"))

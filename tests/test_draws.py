@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from odit import graphs, kernels, ops, random, sample, train
+from odit.draws import draw
 
 pytest.importorskip("triton")
 
@@ -117,7 +118,7 @@ def test_a_run_draws_by_the_record(fused):
     for composed in fused[:2]:
         params = train.init_state(composed, KEYS["folded"]).params
         pictures = sample.sample(composed, params, ids % 10, KEYS["folded"])
-        drawn.append([*train.draw(composed, ids, composed.shape.sample, KEYS["folded"]), pictures])
+        drawn.append([*draw(composed, ids, composed.shape.sample, KEYS["folded"]), pictures])
     assert all(map(torch.equal, *drawn))
     assert sorted(fused[2]) == ["normal"] * 3 + ["uniform"] * 2
 

@@ -15,6 +15,7 @@ from PIL import Image
 from odit import checks, config, data, plan, random, sample, train, tree, validate
 from odit.config import Guidance, Parallel, Sampling
 from odit.data import loader
+from odit.draws import draw
 from odit.encoders.config import Config as Encoders
 from odit.models import dit
 from odit.parallel.mesh import single
@@ -103,7 +104,7 @@ def test_the_loss_is_of_scaled_draws_and_of_what_the_encoder_says():
     z = (mean + torch.exp(0.5 * logvar) * noise - front.vae.shift) * front.vae.scale
     latents = front.latents(batch.x, batch.ids_B, KEY)
     assert torch.allclose(latents, z, atol=1e-6) and latents.shape == (4, *composed.shape.sample)
-    draws = train.draw(composed, batch.ids_B, tuple(z.shape[1:]), KEY)
+    draws = draw(composed, batch.ids_B, tuple(z.shape[1:]), KEY)
     captions = [WORDS[int(i)] for i in (batch.ids_B & random.MASK) % 4]
     words = ["" if dropped else caption for caption, dropped in zip(captions, draws.dropped_B.tolist())]
     assert 0 < sum(draws.dropped_B.tolist()) < 4

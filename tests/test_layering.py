@@ -14,7 +14,7 @@ PURE = {
 BOTH_SIDES = {
     *("plan", "checks", "front", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"),
     *("initial", "source", "bench", "manifest", "shards", "saving", "crash", "forecast", "footprint", "pace"),
-    *("ablation", "comparison"),
+    *("ablation", "comparison", "draws"),
 }
 ALLOWED = {
     "kernels": {"ops", "tree", "kernels"},

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from odit import checkpoint, config, data, evaluate, metrics, optim, plan, random, sample, tree, validate
 from odit.data import BadSample, DataError
 from odit.data.dataset import READ_KEY
+from odit.draws import draw
 from odit.models import dit
 from odit.parallel.mesh import single
 
@@ -160,7 +161,7 @@ def test_validation_means_are_those_of_a_loop():
     for repeat in range(RUN.validation_draws):
         for one in dataset.held_out_ids:
             x, y = dataset.read(one[None])
-            draws = validate.train.draw(composed, one[None] + (repeat << 32), (1, 8, 8), validate.KEY)
+            draws = draw(composed, one[None] + (repeat << 32), (1, 8, 8), validate.KEY)
             losses.append(float(validate.train.losses(composed, params, composed.ops, x, y, draws)))
     expected = sum(losses) / len(losses)
     assert abs(validated_on(single())[0]["loss"] - expected) <= 1e-12 * expected

@@ -14,6 +14,7 @@ from odit import compiling, config, data, memory, ops, plan, random, sample, tra
 from odit.config import Guidance, Parallel, Sampling
 from odit.data import loader
 from odit.data.dataset import READ_KEY
+from odit.draws import draw
 from odit.models import dit
 from odit.parallel import sequence
 from odit.parallel.mesh import Axis, single
@@ -226,7 +227,7 @@ def kept_bytes(name, sp):
     held = composed.layout.hold(shapes)
     targets = tree.map(lambda p: p.detach().requires_grad_(), composed.layout.targets(shapes, held))
     x, ids = torch.empty(4, 4, 128, 128, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
-    draws = train.draw(composed, ids, (4, 128, 128), KEY)
+    draws = draw(composed, ids, (4, 128, 128), KEY)
     with memory.Weigh([x, ids, *draws, *tree.leaves(targets)]) as weigh:
         loss = train.losses(composed, *composed.view(targets, held), x, ids, draws)
         assert loss.requires_grad

@@ -7,6 +7,7 @@ import torch
 
 from odit import health, optim, random, train, tree, validate
 from odit.data import Batch, loader
+from odit.draws import Draws, digest, draw
 from odit.models import dit
 
 KEY = random.key(5)
@@ -55,7 +56,7 @@ def test_gradients_are_those_of_the_mean_loss(tiny, make_plan, digits):
     batch = batch._replace(x=batch.x.double())
     loss_B, grads, _ = train.gradients(plan, params, batch, KEY)
 
-    draws = train.draw(plan, batch.ids_B, (1, 8, 8), KEY)
+    draws = draw(plan, batch.ids_B, (1, 8, 8), KEY)
     leaves = [p.requires_grad_() for p in tree.leaves(params)]
     total = 0.0
     for i in range(96):
@@ -74,9 +75,9 @@ def test_gradients_are_those_of_the_mean_loss(tiny, make_plan, digits):
 def test_draws_are_functions_of_the_sample_alone(tiny, make_plan):
     plan = make_plan(tiny)
     ids = (torch.arange(50) << 32) + torch.arange(50) % 7
-    whole = train.draw(plan, ids, (1, 8, 8), KEY)
+    whole = draw(plan, ids, (1, 8, 8), KEY)
     for part in (slice(3, 4), slice(10, 37)):
-        for a, b in zip(train.draw(plan, ids[part], (1, 8, 8), KEY), whole):
+        for a, b in zip(draw(plan, ids[part], (1, 8, 8), KEY), whole):
             assert torch.equal(a, b[part])
     assert 0 < whole.dropped_B.sum() < 25
     assert len(whole.t_B.unique()) == 50
@@ -84,26 +85,24 @@ def test_draws_are_functions_of_the_sample_alone(tiny, make_plan):
 
 def test_digest_sees_every_bit_and_no_order():
     ids, y = torch.arange(6), torch.arange(6)
-    draws = train.Draws(
-        random.uniform(KEY, (), ids), random.normal(KEY, (1, 4, 4), ids), torch.zeros(6, dtype=torch.bool)
-    )
-    word = train.digest(ids, draws, y)
+    draws = Draws(random.uniform(KEY, (), ids), random.normal(KEY, (1, 4, 4), ids), torch.zeros(6, dtype=torch.bool))
+    word = digest(ids, draws, y)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
-    assert train.digest(ids[order], train.Draws(*(d[order] for d in draws)), y[order]) == word
-    halves = [train.digest(ids[s], train.Draws(*(d[s] for d in draws)), y[s]) for s in (slice(0, 2), slice(2, 6))]
+    assert digest(ids[order], Draws(*(d[order] for d in draws)), y[order]) == word
+    halves = [digest(ids[s], Draws(*(d[s] for d in draws)), y[s]) for s in (slice(0, 2), slice(2, 6))]
     assert sum(halves) % 2**64 == word
 
     seen = {word}
     for bit in range(32):
         noise = draws.noise.clone()
         noise.view(torch.int32)[2, 0, 1, 3] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)
-        seen.add(train.digest(ids, draws._replace(noise=noise), y))
+        seen.add(digest(ids, draws._replace(noise=noise), y))
     swapped = draws.noise[torch.tensor([1, 0, 2, 3, 4, 5])]
     dropped = torch.tensor([True] + 5 * [False])
-    seen.add(train.digest(ids, draws._replace(noise=swapped), y))
-    seen.add(train.digest(ids, draws._replace(dropped_B=dropped), y))
-    seen.add(train.digest(ids + 6, draws, y))
-    seen.add(train.digest(ids, draws, y.flip(0)))
+    seen.add(digest(ids, draws._replace(noise=swapped), y))
+    seen.add(digest(ids, draws._replace(dropped_B=dropped), y))
+    seen.add(digest(ids + 6, draws, y))
+    seen.add(digest(ids, draws, y.flip(0)))
     assert len(seen) == 37
 
 
@@ -212,11 +211,11 @@ def test_sample_gradient_norms_equal_a_loop(tiny, make_plan, digits):
     params = tree.map(torch.Tensor.double, run_steps(make_plan(tiny), digits, 3)[0].params)
     ids = digits.held_out_ids[:20]
     x, y = digits.read(ids)
-    draws = train.draw(plan, ids, (1, 8, 8), KEY)
+    draws = draw(plan, ids, (1, 8, 8), KEY)
     x, draws = x.double(), draws._replace(noise=draws.noise.double())
     norms = validate.sample_grad_norms(plan, params, x, y, draws, chunk=8)
     for i in range(20):
-        one = train.Draws(*(d[i : i + 1] for d in draws))
+        one = Draws(*(d[i : i + 1] for d in draws))
         _, _, grads = train.value_and_grad(
             lambda p, i=i, one=one: (train.losses(plan, p, plan.ops, x[i, None], y[i, None], one).sum(), None), params
         )

@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from odit import checkpoint, config, data, optim, param, plan, random, sample, train, tree, validate
 from odit.data import loader
+from odit.draws import draw
 from odit.models import dit
 from odit.parallel import collectives, offload, recorder, spec, zero
 from odit.parallel.mesh import single
@@ -293,7 +294,7 @@ def most_alive(mesh, run):
 
     (batch,) = loader.batches(dataset, KEY, global_batch=run.global_batch, stop=1, part=(mesh.dp.rank, mesh.dp.size))
     held = composed.layout.hold(state.params)
-    draws = train.draw(composed, batch.ids_B, (1, 8, 8), KEY)
+    draws = draw(composed, batch.ids_B, (1, 8, 8), KEY)
     with mock.patch.multiple(zero.Bundle, start_gather=start_gather, finish_gather=finish_gather):
         train.part_gradients(composed, state.params, held, batch.x, batch.y, draws)
     return peak[0], gathers[0]
