@@ -24,7 +24,8 @@ from odit.manifest import MANIFEST, Box, Manifest
 from odit.parallel import collectives
 from odit.parallel.mesh import Axis
 from odit.plan import Plan
-from odit.saving import ROLES, Saver, folder_of, save, set_aside, steps
+from odit.saver import Saver
+from odit.saving import ROLES, folder_of, save, set_aside, steps
 from odit.storage import DISK, Disk, whole
 from odit.train import LossScale, TrainState
 

@@ -434,7 +434,7 @@ def test_a_run_on_a_full_disk_ends_with_what_is_wrong(tiny, monkeypatch):
     """And leaves the checkpoint before."""
     train_script, run = script("train"), dataclasses.replace(tiny, checkpoint_every=1, stop_at=1)
     train_script.main(run)
-    monkeypatch.setattr(saving.Saver.__init__, "__defaults__", (full(),))
+    monkeypatch.setattr(checkpoint.Saver.__init__, "__defaults__", (full(),))
     with pytest.raises(
         StorageError, match=r"cannot be written \(ENOSPC: No space left on device\): \d+ bytes are needed"
     ):

@@ -5,10 +5,10 @@ import test_checkpoint_damage as damage
 import test_checkpoint_layouts as layouts
 import test_storage as disks
 
-from odit import checkpoint, manifest, saving, shards, storage
+from odit import checkpoint, manifest, saver, saving, shards, storage
 
 whole_one = damage.written  # a fixture: under its own name, tests here could not take it as an argument
-MODULES = (storage, manifest, shards, saving, checkpoint)
+MODULES = (storage, manifest, shards, saving, saver, checkpoint)
 
 
 @pytest.fixture

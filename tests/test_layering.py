@@ -14,7 +14,7 @@ PURE = {
 BOTH_SIDES = {
     *("plan", "checks", "front", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"),
     *("initial", "source", "bench", "manifest", "shards", "saving", "crash", "forecast", "footprint", "pace"),
-    *("ablation", "comparison", "draws"),
+    *("ablation", "comparison", "draws", "saver"),
 }
 ALLOWED = {
     "kernels": {"ops", "tree", "kernels"},
