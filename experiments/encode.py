@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from odit import checks, config, data, health, plan, tree
 from odit import front as fronts
+from odit.config_json import to_json
 from odit.data import latents, loader
 from odit.encoders import config as encoders
 from odit.parallel import mesh as meshes
@@ -101,7 +102,7 @@ def main(args: Encode) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
         job = open_job(args)
-        told = {key: value for key, value in config.to_json(args).items() if key in ("out", "batch", "shard_size")}
+        told = {key: value for key, value in to_json(args).items() if key in ("out", "batch", "shard_size")}
         health.same_everywhere(meshes.store(), rank, world, "command line", told | {"settings": job.settings})
         latents.begin(args.out, job.settings)
         before = job.num_shards - len(latents.missing_shards(args.out, job.num_shards))
@@ -244,7 +245,7 @@ def finish(job: Job) -> dict[str, Any]:
         "mirrored": job.args.mirror,
         "encoders": front.fingerprints,
         "data": settings["data"],
-        "source": config.to_json(job.args),
+        "source": to_json(job.args),
         "settings": settings,
     }
     return latents.finish(job.args.out, about, front.vae.scale, front.vae.shift, null)

@@ -21,6 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from odit import checks, config, data, evaluate, fidelity, health, plan, random, record, sample, source, tree
+from odit.config_json import to_json
 from odit.encoders import config as frozen
 from odit.fidelity import files
 from odit.health import CheckpointError
@@ -120,7 +121,7 @@ def main(args: Evaluate) -> None:
     rank, world, _ = meshes.start(checks.pick_device(args.device))
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
-        health.same_everywhere(meshes.store(), rank, world, "command line", config.to_json(args))
+        health.same_everywhere(meshes.store(), rank, world, "command line", to_json(args))
         if opened is None:
             measure_files(args, meshes.make_mesh(world, rank, world, 1))
         elif judged is None:
@@ -171,7 +172,7 @@ def judge(args: Evaluate, opened: Source, run: config.Run, rank: int, world: int
     )
     if rank == 0:
         if args.out:
-            record.write_json(args.out, {**found, "sampling": config.to_json(run.sampling), "seed": args.seed})
+            record.write_json(args.out, {**found, "sampling": to_json(run.sampling), "seed": args.seed})
         print(evaluate.report(found))
 
 
@@ -217,7 +218,7 @@ def measure_model(args: Evaluate, opened: Source, rank: int, world: int) -> None
         "seed": args.seed,
         "labels": args.labels if labels is not None else None,
         "prompts": str(args.prompts) if args.prompts else None,
-        "sampling": {**config.to_json(run.sampling), "solver": checks.solver_of(run.sampling, composed.objective)},
+        "sampling": {**to_json(run.sampling), "solver": checks.solver_of(run.sampling, composed.objective)},
         "precision": run.precision,
         "vae": composed.front.fingerprints.get("vae"),
         "rounding": files.ROUNDING,

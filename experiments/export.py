@@ -18,6 +18,7 @@ import torch
 import tyro
 
 from odit import checkpoint, config, convert, finetune, health, plan, source, tree
+from odit.config_json import to_json
 from odit.convert.diffusers import NULL
 from odit.encoders import frozen, vae
 from odit.front import Front
@@ -104,7 +105,7 @@ def whole(found: Source, run: config.Run) -> tuple[tree.Tree, config.Run]:
 def about(found: Source, run: config.Run) -> dict[str, Any]:
     """What a weights file tells of itself, from what the checkpoint told."""
     kept = {name: found.about[name] for name in KEPT if name in found.about}
-    return {**kept, "config": config.to_json(run), "finetune": found.about.get("config", {}).get("finetune")}
+    return {**kept, "config": to_json(run), "finetune": found.about.get("config", {}).get("finetune")}
 
 
 def load_vae(args: Export, path: str, found: Source, run: config.Run) -> Any:

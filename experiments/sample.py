@@ -20,6 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from odit import checks, config, health, media, plan, random, record, sample, source, tree
+from odit.config_json import to_json
 from odit.encoders import config as frozen
 from odit.parallel import mesh as meshes
 from odit.source import Foreign, Source
@@ -92,7 +93,7 @@ def main(args: Sample) -> None:
     rank, world, _ = meshes.start(checks.pick_device(args.device))
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
-        health.same_everywhere(meshes.store(), rank, world, "command line", config.to_json(args))
+        health.same_everywhere(meshes.store(), rank, world, "command line", to_json(args))
         found = source.open_source(args.checkpoint, args.weights, args.foreign)
         run, shape = read_run(args, found, world), found.shape
         mesh = meshes.make_mesh(world, rank, **checks.axes(run, world))
@@ -191,8 +192,8 @@ def target(out: Path | None, clips: bool) -> Path:
 def write(args: Sample, composed: plan.Plan, shown: dict[str, list], pictures) -> None:
     """Writes the grid with its recipe, and the tensors where asked."""
     recipe = {
-        **config.to_json(args),
-        "sampling": config.to_json(composed.run.sampling),
+        **to_json(args),
+        "sampling": to_json(composed.run.sampling),
         **shown,
         "versions": record.about(),
     }

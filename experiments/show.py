@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from odit import checkpoint, config, crash, health, plan, source
+from odit.config_json import to_json
 from odit.data import latents
 from odit.front import Front
 from odit.source import Foreign, Source
@@ -108,11 +109,11 @@ def kind(found: Source) -> str:
 
 def settings(run: config.Run, foreign: bool) -> str:
     """The preset with the fewest other settings, and these."""
-    mine = dict(flat(config.to_json(run), foreign))
+    mine = dict(flat(to_json(run), foreign))
     others = {
         name: {key: value for key, value in mine.items() if value != preset.get(key)}
         for name, (_, default) in config.presets().items()
-        for preset in [dict(flat(config.to_json(default), foreign))]
+        for preset in [dict(flat(to_json(default), foreign))]
     }
     name = min(others, key=lambda name: len(others[name]))
     flags = [flag(*setting) for setting in others[name].items()]

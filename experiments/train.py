@@ -36,6 +36,7 @@ from odit import (
     tree,
     validate,
 )
+from odit.config_json import first_difference, to_json
 from odit.data import loader
 from odit.health import CheckpointError, NumericError
 from odit.parallel import collectives
@@ -85,7 +86,7 @@ def main(run: config.Run) -> None:
 
 def shared(run: config.Run) -> dict[str, Any]:
     """The settings that all ranks have alike; the others tell what one machine has, and the data is compared itself."""
-    told = config.to_json(run)
+    told = to_json(run)
     told = {key: value for key, value in told.items() if key not in ("device", "threads", "progress")}
     return told | {"data": {key: value for key, value in told["data"].items() if key not in ("path", "workers")}}
 
@@ -145,7 +146,7 @@ def wanted(composed: plan.Plan, dataset: data.Dataset, broken: list[Path]) -> Pa
             f"{path} was trained with encoders {told.get('encoders')}, this run has {composed.front.fingerprints}: "
             "give the same ones"
         )
-    if found := config.first_difference(told["config"], config.to_json(run)):
+    if found := first_difference(told["config"], to_json(run)):
         name, theirs, mine = found
         if name != "steps" or run.optimizer.decay != "none":
             raise CheckpointError(
@@ -313,7 +314,7 @@ def about(composed, dataset, state) -> dict:
         "seed": run.seed,
         "global_batch": run.global_batch,
         "samples": state.step * run.global_batch,
-        "config": config.to_json(run),
+        "config": to_json(run),
         "shape": dataclasses.asdict(composed.shape),
         "data": identity(dataset),
         "encoders": composed.front.fingerprints,
@@ -344,8 +345,8 @@ def finish(composed, dataset, state, recorder) -> None:
         told = about(composed, dataset, state)
         if run.finetune.lora_rank:  # what samples and exports knows the plain model alone
             whole = finetune.merge(whole, run.finetune.scale)
-            told |= {"config": config.to_json(dataclasses.replace(run, finetune=finetune.Config()))}
-        checkpoint.save_weights(out / "ema.safetensors", whole, {**told, "finetune": config.to_json(run.finetune)})
+            told |= {"config": to_json(dataclasses.replace(run, finetune=finetune.Config()))}
+        checkpoint.save_weights(out / "ema.safetensors", whole, {**told, "finetune": to_json(run.finetune)})
     kind = "png" if composed.shape.size[:-2] in ((), (1,)) else "mp4"
     shown = out / "samples" / f"step_{state.step:08d}.{kind}"
     say(composed, f"weights: {out / 'ema.safetensors'}\nsamples: {shown}")

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from odit import checkpoint, config, health, manifest, plan, random, saving, train, tree
+from odit.config_json import from_json
 from odit.data import Batch
 from odit.data.dataset import sample_ids
 from odit.draws import Draws, draw
@@ -254,7 +255,7 @@ def _weights(folder: Path, step: int) -> Path:
 
 def compose(facts: dict[str, Any], args: Replay) -> Plan:
     """The plan of the step's run on one device."""
-    run = config.from_json(config.Run, facts["config"])
+    run = from_json(config.Run, facts["config"])
     changes = {"precision": args.precision, "kernels": args.kernels}
     changes = {name: value for name, value in changes.items() if value is not None}
     run = dataclasses.replace(plan.alone(run), device=args.device, threads=None, **changes)

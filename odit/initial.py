@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from odit import config, finetune, param, random, tree
+from odit import finetune, param, random, tree
 from odit.checkpoint import Weights
+from odit.config_json import to_json
 from odit.health import CheckpointError
 from odit.models.config import Shape
 from odit.plan import Plan
@@ -148,7 +149,7 @@ def _is_drawn(path: str, found: tuple[int, ...] | None, wanted: tuple[int, ...])
 def _check_same(source: Source, plan: Plan, fitted: set[str]) -> None:
     """Refuses all that is not fitted and differs: names, shapes, and settings that neither shows."""
     weights, declared = source.weights, dict(tree.items(plan.declared))
-    model = config.to_json(plan.run.model)
+    model = to_json(plan.run.model)
     behind = [
         f"model.{name} is {source.model[name]} there and {model[name]} here"
         for name in (*STRUCTURE, "mlp_ratio")

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import odit
 from odit import media
-from odit.config import Run, to_json
+from odit.config import Run
+from odit.config_json import to_json
 from odit.storage import whole, write_json
 
 

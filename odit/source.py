@@ -19,6 +19,7 @@ from torch import Tensor
 
 from odit import checkpoint, config, convert, data, diffusion, plan, tree
 from odit.checkpoint import Weights
+from odit.config_json import from_json, to_json
 from odit.convert.files import CONFIG, WEIGHTS
 from odit.convert.latte import TEXT_LENGTH
 from odit.encoders import config as encoders
@@ -90,7 +91,7 @@ class Source:
     @property
     def run(self) -> config.Run:
         """The run that made them, on one rank; raises ValueError for settings that this version does not have."""
-        return plan.alone(config.from_json(config.Run, self.about.get("config", {})))
+        return plan.alone(from_json(config.Run, self.about.get("config", {})))
 
     def load(self, composed: Plan) -> tree.Tree:
         """This rank's parts of the weights, each held to its declaration; raises CheckpointError."""
@@ -253,7 +254,7 @@ def _converted(
         sampling=dataclasses.replace(sampling, steps=steps, guidance=guidance),
         evaluate=False,
     )
-    about = {"config": config.to_json(run), "shape": dataclasses.asdict(shape)}
+    about = {"config": to_json(run), "shape": dataclasses.asdict(shape)}
     about |= {"class_names": names} if names else {}
     leaves = dict(tree.items(params))
 

@@ -20,6 +20,7 @@ from conftest import script
 
 from odit import ablation, config, health
 from odit.ablation import Grid, metrics, running, table, trials, values, variants
+from odit.config_json import from_json
 
 ablate, train_script, evaluate_script = script("ablate"), script("train"), script("evaluate")
 
@@ -170,7 +171,7 @@ def test_a_run_of_a_command_is_the_trials(tmp_path):
     train_script.main(tyro.extras.overridable_config_cli(config.presets(), args=list(words)))
     told = json.loads((trial.folder(tmp_path) / "config.json").read_text())
     del told["_about"]
-    assert dataclasses.replace(trial, run=config.from_json(config.Run, told)).train_key == trial.train_key
+    assert dataclasses.replace(trial, run=from_json(config.Run, told)).train_key == trial.train_key
     assert (trial.folder(tmp_path) / "ema.safetensors").exists()
 
 

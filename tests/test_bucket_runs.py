@@ -17,6 +17,7 @@ from tiny import kl
 from odit import checks, config, data, memory, optim, plan, random, tree, validate
 from odit import train as training
 from odit.config import Parallel
+from odit.config_json import first_difference, from_json, to_json
 from odit.data import loader
 from odit.data.dataset import READ_KEY
 from odit.models import dit
@@ -223,11 +224,11 @@ def test_memory_is_planned_for_the_largest_bucket(pictures):
 
 def test_the_setting_survives_json(pictures):
     run = run_on(pictures)
-    assert config.from_json(config.Run, json.loads(json.dumps(config.to_json(run)))) == run
-    other = config.to_json(run_on(pictures, SIZES[:2]))
-    assert config.first_difference(config.to_json(run), other) == ("data.buckets", list(SIZES), list(SIZES[:2]))
+    assert from_json(config.Run, json.loads(json.dumps(to_json(run)))) == run
+    other = to_json(run_on(pictures, SIZES[:2]))
+    assert first_difference(to_json(run), other) == ("data.buckets", list(SIZES), list(SIZES[:2]))
     with pytest.raises(ValueError, match=r"data\.buckets is 8"):
-        config.from_json(config.Run, {"data": {"buckets": 8}})
+        from_json(config.Run, {"data": {"buckets": 8}})
     assert opened(run).fingerprint() != opened(run_on(pictures, SIZES[::-1])).fingerprint()
 
 

@@ -16,8 +16,9 @@ from conftest import script
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as library_save
 
-from odit import checkpoint, config, manifest, random, saving, shards, train, tree
+from odit import checkpoint, manifest, random, saving, shards, train, tree
 from odit import source as sources
+from odit.config_json import to_json
 from odit.health import CheckpointError, Damaged
 from odit.parallel import mesh as meshes
 from odit.storage import Disk, StorageError
@@ -177,7 +178,7 @@ def flipped(data, at):
 def test_a_weights_file_without_hashes_loads_with_a_note(saved, tmp_path):
     plan, _ = saved
     path, ema = tmp_path / "w.safetensors", state_of(plan).ema
-    about = {"config": config.to_json(plan.run), "shape": dataclasses.asdict(plan.shape), "step": 7}
+    about = {"config": to_json(plan.run), "shape": dataclasses.asdict(plan.shape), "step": 7}
     checkpoint.save_weights(path, ema, about)
     assert sources.open_source(path).note == []
     metadata = {"weights": "ema", "odit": json.dumps(about)}

@@ -14,6 +14,7 @@ from conftest import redraw, script
 from test_precision import KEY, RUN, dataset, drawn_state, leaves_of, share_of
 
 from odit import checkpoint, config, crash, data, ops, plan, saving, train, tree
+from odit.config_json import to_json
 from odit.crash import Replay, replay
 from odit.data import loader
 from odit.draws import draw
@@ -35,7 +36,7 @@ def told_of(composed, state):
     return {
         "step": state.step,
         "seed": 5,
-        "config": config.to_json(composed.run),
+        "config": to_json(composed.run),
         "shape": shape,
     }
 

@@ -13,6 +13,7 @@ from PIL import Image
 from test_ranks_inference import torchrun
 
 from odit import checkpoint, config, data, evaluate, fidelity, judge, media, metrics, models, plan, random, sample
+from odit.config_json import first_difference, to_json
 from odit.data import DataError
 from odit.encoders import config as encoders
 from odit.encoders import vae as vaes
@@ -180,7 +181,7 @@ def tiny_networks(monkeypatch):
 def weights_of(tmp_path, run, shape, **told):
     declared = models.of(run.model).declare(run.model, shape)
     params = redraw(declared, dtype=torch.float32)
-    about = {"step": 7, "config": config.to_json(run), "shape": dataclasses.asdict(shape), **told}
+    about = {"step": 7, "config": to_json(run), "shape": dataclasses.asdict(shape), **told}
     checkpoint.save_weights(tmp_path / "ema.safetensors", params, about)
     return tmp_path / "ema.safetensors"
 
@@ -353,9 +354,7 @@ def test_a_run_measures_itself(tiny, tiny_networks, reference, monkeypatch):
     found = {row["step"]: row for row in rows if "evaluation_fid_20" in row}
     assert sorted(found) == [2, 3] and found[2]["evaluation_fid_20"] != found[3]["evaluation_fid_20"]
     assert {"evaluation_sfid_20", "evaluation_precision_20", "evaluation_recall_20"} <= set(found[3])
-    told = config.first_difference(
-        config.to_json(run), config.to_json(dataclasses.replace(run, evaluation=fidelity.Config()))
-    )
+    told = first_difference(to_json(run), to_json(dataclasses.replace(run, evaluation=fidelity.Config())))
     assert told is None  # a resumed run may measure itself otherwise
     # what the script finds of the same weights, from the same noise and labels
     evaluated(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from odit import checkpoint, config, convert, data, diffusion, finetune, models, plan, random, tree
 from odit import source as sources
+from odit.config_json import to_json
 from odit.diffusion import gaussian, guidance, solvers
 from odit.encoders import config as encoders
 from odit.front import Front
@@ -52,7 +53,7 @@ def saved(path, run, shape=SHAPE, which="ema", **told):
     """A weights file of a model with drawn weights, and these."""
     declared = finetune.declare(run.finetune, models.of(run.model).declare(run.model, shape))
     params = redraw(declared, dtype=torch.float32)
-    about = {"step": 7, "config": config.to_json(run), "shape": dataclasses.asdict(shape), **told}
+    about = {"step": 7, "config": to_json(run), "shape": dataclasses.asdict(shape), **told}
     checkpoint.save_weights(path, params, about, which)
     return params
 
@@ -196,7 +197,7 @@ def test_live_weights_and_merged_adapters(tiny, make_plan, tmp_path):
     state = train.init_state(composed, KEY)
     params = redraw(composed.declared, dtype=torch.float32)
     ema = tree.map(lambda p: p + 1, params)
-    about = {"config": config.to_json(composed.run), "shape": dataclasses.asdict(composed.shape), "data": "d"}
+    about = {"config": to_json(composed.run), "shape": dataclasses.asdict(composed.shape), "data": "d"}
     folder = checkpoint.save(composed, state._replace(step=9, params=params, ema=ema), about)
     for which, weights in (("ema", ema), ("param", params)):
         out = tmp_path / f"{which}.safetensors"
@@ -551,7 +552,7 @@ def test_show_tells_what_a_checkpoint_is(tiny, make_plan, tmp_path, capsys):
     from odit import train
 
     composed = make_plan(tiny)
-    about = {"config": config.to_json(tiny), "shape": dataclasses.asdict(composed.shape), "class_names": ["a", "b"]}
+    about = {"config": to_json(tiny), "shape": dataclasses.asdict(composed.shape), "class_names": ["a", "b"]}
     folder = checkpoint.save(composed, train.init_state(composed, KEY)._replace(step=12), about)
     told = shown(folder, capsys)
     for words in (

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from odit import checkpoint, config, convert, data, finetune, initial, memory, models, param, plan, random, tree
 from odit import train as training
+from odit.config_json import from_json, to_json
 from odit.health import CheckpointError
 from odit.models.config import Config, Shape
 from odit.parallel.mesh import single
@@ -44,7 +45,7 @@ def weights_of(model=MODEL, shape=SHAPE):
 def saved(path, model=MODEL, shape=SHAPE, run=RUN):
     """A weights file of a model with drawn weights, and these."""
     weights = weights_of(model, shape)
-    told = {"config": config.to_json(variant(run, model=model)), "shape": dataclasses.asdict(shape), "step": 7}
+    told = {"config": to_json(variant(run, model=model)), "shape": dataclasses.asdict(shape), "step": 7}
     checkpoint.save_weights(path, weights, told)
     return weights
 
@@ -226,7 +227,7 @@ def test_there_must_be_weights_where_there_is_nothing_to_resume(tiny):
 
 def test_settings_survive_json():
     run = variant(RUN, finetune=finetune.Config(train=("label.*", "final.*", "x"), lora_rank=3, lora_targets=("qkv",)))
-    assert config.from_json(config.Run, config.to_json(run)) == run
+    assert from_json(config.Run, to_json(run)) == run
 
 
 # --- frozen leaves and adapters ---

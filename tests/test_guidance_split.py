@@ -9,6 +9,7 @@ from test_ranks_inference import BATCH, RUN, composed_on, opened, share, torchru
 
 from odit import checkpoint, checks, config, diffusion, plan, random, sample
 from odit.config import Guidance, Parallel, Sampling
+from odit.config_json import to_json
 from odit.models.config import Shape
 from odit.parallel.mesh import check_mesh, single
 
@@ -139,7 +140,7 @@ def test_the_sample_script_with_pairs(tmp_path):
     composed = plan.make(run, opened())
     params = composed_on(single())[1]
     params = sample.tree.map(torch.Tensor.float, params)
-    about = {"config": config.to_json(run), "shape": dataclasses.asdict(composed.shape)}
+    about = {"config": to_json(run), "shape": dataclasses.asdict(composed.shape)}
     checkpoint.save_weights(tmp_path / "ema.safetensors", params, about)
     torchrun(
         2, "sample.py", "--checkpoint", tmp_path / "ema.safetensors", "--out", tmp_path / "x.png",

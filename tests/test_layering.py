@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 PURE = {
     *("tree", "random", "param", "ops", "nn", "models", "diffusion", "optim", "data", "metrics", "convert", "config"),
     *("compiling", "finetune", "encoders", "judge", "media", "remat", "graphs", "storage", "fidelity", "rates"),
+    "config_json",
 }
 BOTH_SIDES = {
     *("plan", "checks", "front", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"),

@@ -7,6 +7,7 @@ import pytest
 
 from odit import checks, config, data, diffusion, optim
 from odit.config import Guidance, Parallel, Sampling
+from odit.config_json import first_difference, from_json, to_json
 from odit.models import dit
 
 DIGITS = config.presets()["digits"][1]
@@ -157,8 +158,8 @@ def test_a_degree_that_was_not_asked_for_is_explained(changes, world, found, fix
 
 def test_what_a_resumed_run_may_change():
     layout = dict(parallel=Parallel(sp=2, zero=3, sequence="ring", cfg=2))
-    assert config.first_difference(config.to_json(DIGITS), config.to_json(changed(**layout))) is None
-    found = config.first_difference(config.to_json(DIGITS), config.to_json(changed(parallel=Parallel(ring_fp8=True))))
+    assert first_difference(to_json(DIGITS), to_json(changed(**layout))) is None
+    found = first_difference(to_json(DIGITS), to_json(changed(parallel=Parallel(ring_fp8=True))))
     assert found == ("parallel.ring_fp8", False, True)
 
 
@@ -181,7 +182,7 @@ def test_every_preset_passes_its_checks():
 
 def test_json_gives_the_config_back():
     for _, run in config.presets().values():
-        assert config.from_json(config.Run, config.to_json(run)) == run
+        assert from_json(config.Run, to_json(run)) == run
 
 
 BAD_JSON = [
@@ -198,4 +199,4 @@ BAD_JSON = [
 @pytest.mark.parametrize("found, message", BAD_JSON)
 def test_bad_json_is_refused_by_key(found, message):
     with pytest.raises(ValueError, match=message):
-        config.from_json(config.Run, found)
+        from_json(config.Run, found)

@@ -15,6 +15,7 @@ from conftest import redraw
 from safetensors.torch import load_file
 
 from odit import checkpoint, config, data, evaluate, metrics, optim, plan, random, sample, tree, validate
+from odit.config_json import to_json
 from odit.data import BadSample, DataError
 from odit.data.dataset import READ_KEY
 from odit.draws import draw
@@ -274,7 +275,7 @@ def test_the_sample_script_under_torchrun(tmp_path):
     """Three ranks draw what one draws, and one of them writes and tells."""
     composed = plan.make(RUN, opened())
     params = redraw(composed.declared, dtype=torch.float32)
-    about = {"config": config.to_json(RUN), "shape": dataclasses.asdict(composed.shape)}
+    about = {"config": to_json(RUN), "shape": dataclasses.asdict(composed.shape)}
     checkpoint.save_weights(tmp_path / "ema.safetensors", params, about)
     told = torchrun(
         3, "sample.py", "--checkpoint", tmp_path / "ema.safetensors", "--out", tmp_path / "x.png",

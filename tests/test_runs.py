@@ -13,6 +13,7 @@ from conftest import script
 from safetensors.torch import load_file
 
 from odit import config, data, health, optim, record
+from odit.config_json import from_json
 from odit.health import CheckpointError, NumericError
 
 ROOT = Path(__file__).parent.parent
@@ -183,7 +184,7 @@ def test_what_a_run_writes(tiny):
     train_script.main(variant(tiny, steps=3))
     written = json.loads((tiny.out / "config.json").read_text())
     about = written.pop("_about")
-    assert config.from_json(config.Run, written) == variant(tiny, steps=3)
+    assert from_json(config.Run, written) == variant(tiny, steps=3)
     assert {"torch", "git", "command"} <= about.keys()
     line = metrics(tiny.out)[0]
     assert {"step", "loss", "grad_norm", "lr", "draw_digest"} <= line.keys()

@@ -18,6 +18,7 @@ from typing import Any
 from odit import checks, config
 from odit.ablation import metrics
 from odit.config import Run, Sampling
+from odit.config_json import from_json, to_json
 
 # Settings of a run that say where and how it is started, and nothing about what it is.
 NO_MEANING = ("out", "resume", "progress")
@@ -91,13 +92,13 @@ class Trial:
     @property
     def train_key(self) -> str:
         """Names the training run's folder: a hash of its whole config and of the number of ranks."""
-        told = {key: value for key, value in config.to_json(self.run).items() if key not in NO_MEANING}
+        told = {key: value for key, value in to_json(self.run).items() if key not in NO_MEANING}
         return digest({"run": told, "ranks": self.ranks})
 
     @property
     def judge_key(self) -> str:
         """Names the judgement's folder: a hash of the training run's and of how samples are drawn."""
-        return digest({"train": self.train_key, "num": self.judged, "sampling": config.to_json(self.sampling)})
+        return digest({"train": self.train_key, "num": self.judged, "sampling": to_json(self.sampling)})
 
     def folder(self, out: Path) -> Path:
         """Where its training run lies."""
@@ -161,7 +162,7 @@ def check(grid: Grid) -> None:
 
 def changed(run: Run, settings: Mapping[str, Any]) -> Run:
     """The run with some settings changed by their dotted keys; raises ValueError for what is no setting."""
-    told = config.to_json(run)
+    told = to_json(run)
     for key, value in settings.items():
         *path, last = key.split(".")
         inner = told
@@ -169,8 +170,8 @@ def changed(run: Run, settings: Mapping[str, Any]) -> Run:
             inner = inner.setdefault(name, {})
             if not isinstance(inner, dict):
                 raise ValueError(f"{key} is no setting of this version: {name} has no parts")
-        inner[last] = config.to_json(value)
-    return config.from_json(Run, told)
+        inner[last] = to_json(value)
+    return from_json(Run, told)
 
 
 def _trial(grid: Grid, cell: tuple[str, ...], run: Run) -> Trial:

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 from odit import config, health
 from odit.ablation.grid import NO_MEANING, Trial
 from odit.ablation.metrics import DONE
+from odit.config_json import to_json
 from odit.parallel import mesh as meshes
 from odit.storage import write_json
 
@@ -191,9 +192,9 @@ def _judging(trial: Trial, out: Path) -> Job:
 
 def flags(trial: Trial) -> list[str]:
     """The command line's words for all that a trial's run changes of its preset."""
-    preset = config.to_json(config.presets()[trial.preset][1])
+    preset = to_json(config.presets()[trial.preset][1])
     found: list[str] = []
-    for key, value in _differing(preset, config.to_json(trial.run)):
+    for key, value in _differing(preset, to_json(trial.run)):
         if key not in NO_MEANING:
             *path, last = key.replace("_", "-").split(".")
             if isinstance(value, bool):
