@@ -247,8 +247,8 @@ def assumed(cluster: Cluster) -> list[str]:
         f"assumed: allocator and libraries waste {100 * MARGIN:.0f} % of memory, and where a step is one CUDA "
         f"graph {GRAPH_SPARE} GiB more; too large is what has tensors beyond all of it",
         *[
-            "assumed: what the host takes is counted by kernels; on several ranks a small micro-batch makes it the "
-            "limit, and in stages 2 and 3 it takes more than that (README, which layout?)"
+            "assumed: what the host takes without a graph (stages 1 to 3, shared tokens) is counted by kernels; where "
+            "micro-batches are small it is the limit, and stages 2 and 3 take more than that (README, which layout?)"
         ]
         * (cluster.gpus > 1),
         "assumed: fused kernels and every attention library; no time for data, validation, checkpoints or slow "
