@@ -1,6 +1,6 @@
 """Measures: ``python experiments/bench.py kernels | attention | optimizer | train | sample | zero | sequence |
-encoders | rates``. One JSON object a row; rates also writes what experiments/plan.py forecasts by; ``table`` makes
-Markdown of rows."""
+encoders | rates | forecasts``. One JSON object a row; rates also writes what experiments/plan.py forecasts by;
+``table`` makes Markdown of rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from collections.abc import Callable
 import tyro
 
 from odit import health
-from odit.bench import attention, encoders, kernels, optimizer, rates, sample, sequence, table, train, zero
+from odit.bench import (
+    attention,
+    encoders,
+    forecasts,
+    kernels,
+    optimizer,
+    rates,
+    sample,
+    sequence,
+    table,
+    train,
+    zero,
+)
 
 BENCHES: dict[str, Callable] = {
     "kernels": kernels.kernels,
@@ -21,6 +33,7 @@ BENCHES: dict[str, Callable] = {
     "sequence": sequence.sequence,
     "encoders": encoders.encoders,
     "rates": rates.rates,
+    "forecasts": forecasts.forecasts,
     "table": table.table,
 }
 

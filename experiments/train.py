@@ -41,6 +41,7 @@ from odit.data import loader
 from odit.health import CheckpointError, NumericError
 from odit.parallel import collectives
 from odit.parallel import mesh as meshes
+from odit.saver import Saver
 from odit.storage import StorageError
 
 
@@ -76,7 +77,7 @@ def main(run: config.Run) -> None:
             return
         recorder = stack.enter_context(record.Recorder(run, state.step) if rank == 0 else record.Silent())
         measure = evaluate.during_training(composed)
-        with checkpoint.Saver(composed, run.checkpoint_async) as saver:
+        with Saver(composed, run.checkpoint_async) as saver:
             state = loop(composed, dataset, state, key, recorder, stop, watch, saver, signals, measure)
         composed.graphs.clear()  # the memory of a step
         say(composed, f"{run.out}: step {state.step} of {run.steps} after {time.monotonic() - began:.0f} s")

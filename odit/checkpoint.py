@@ -24,14 +24,12 @@ from odit.manifest import MANIFEST, Box, Manifest
 from odit.parallel import collectives
 from odit.parallel.mesh import Axis
 from odit.plan import Plan
-from odit.saver import Saver
 from odit.saving import ROLES, folder_of, save, set_aside, steps
 from odit.storage import DISK, Disk, whole
 from odit.train import LossScale, TrainState
 
 __all__ = [
     "MANIFEST",
-    "Saver",
     "Weights",
     "find",
     "is_hashed",

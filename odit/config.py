@@ -310,25 +310,3 @@ def presets() -> dict[str, tuple[str, Run]]:
         **videos,
         "dit-3b-2": ("A DiT of 3 billion parameters that trains on one GPU of 24 GiB.", _three_billion()),
     }
-
-
-# Settings that a resumed run may change: none of them changes what the run means. (ring_fp8 rounds what is computed.)
-FREE = {
-    *("out", "stop_at", "micro_batch", "resume", "init_from", "replay", "crashes", "log_every", "checkpoint_every"),
-    *("checkpoint_async", "keep"),
-    *(
-        "sample_every",
-        "validate_every",
-        "validation_draws",
-        "grad_norms",
-        "evaluate",
-        "progress",
-        "kernels",
-        "compile",
-        "graphs",
-        "deterministic",
-    ),
-    *("device", "threads", "sampling", "evaluation", "data.workers", "data.path", "finetune.strict"),
-    *("encoders.text_path", "encoders.vae", "encoders.vae_path", "encoders.place"),  # their fingerprints are compared
-    *(f"parallel.{setting.name}" for setting in dataclasses.fields(Parallel) if setting.name != "ring_fp8"),
-}

@@ -9,7 +9,28 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from odit.config import FREE
+from odit.config import Parallel
+
+# Settings that a resumed run may change: none of them changes what the run means. (ring_fp8 rounds what is computed.)
+FREE = {
+    *("out", "stop_at", "micro_batch", "resume", "init_from", "replay", "crashes", "log_every", "checkpoint_every"),
+    *("checkpoint_async", "keep"),
+    *(
+        "sample_every",
+        "validate_every",
+        "validation_draws",
+        "grad_norms",
+        "evaluate",
+        "progress",
+        "kernels",
+        "compile",
+        "graphs",
+        "deterministic",
+    ),
+    *("device", "threads", "sampling", "evaluation", "data.workers", "data.path", "finetune.strict"),
+    *("encoders.text_path", "encoders.vae", "encoders.vae_path", "encoders.place"),  # their fingerprints are compared
+    *(f"parallel.{setting.name}" for setting in dataclasses.fields(Parallel) if setting.name != "ring_fp8"),
+}
 
 
 def first_difference(a: Any, b: Any, key: str = "") -> tuple[str, Any, Any] | None:

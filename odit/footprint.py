@@ -131,8 +131,10 @@ def footprint(composed: Plan, capability: tuple[int, int]) -> Footprint:
         after_backward(composed, capability),
     )
     peak = taken = max(moments)
-    if graphed(composed):  # captured before there are sums, and its pool stays beside them
+    if graphed(composed):  # captured before there are sums, and its pool stays beside them and what follows
+        pool = max(moments[:3]) - base
         peak = max(*(moment - sums for moment in moments[:3]), moments[3])
+        taken = max(*moments[:3], moments[3] + pool - w.gradients)
     host = 0
     if run.parallel.offload != "none":
         leaves, size = parts(composed), composed.dtype.itemsize
@@ -143,9 +145,8 @@ def footprint(composed: Plan, capability: tuple[int, int]) -> Footprint:
 
 
 def graphed(composed: Plan) -> bool:
-    """Whether forward and backward would be one CUDA graph there (``Plan.graph_obstacle``)."""
-    apart = composed.mesh.sp.size == 1 and composed.layout.stage == 0 and composed.run.parallel.offload == "none"
-    return apart and composed.run.graphs and composed.dtype != torch.float16 and composed.front.text is None
+    """Whether forward and backward would be one CUDA graph there."""
+    return replace(composed, device=torch.device("cuda")).graph_obstacle is None
 
 
 class Part(NamedTuple):

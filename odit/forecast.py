@@ -63,7 +63,7 @@ class Forecast:
     missing_gib: float
     """What it may take beyond the room there is; not positive where it fits for sure."""
     over_gib: float
-    """What its tensors alone take beyond all of the memory; positive where it cannot run."""
+    """What its tensors and a graph's pool take beyond all of the memory; positive where it cannot run."""
 
     @property
     def fits(self) -> bool:
@@ -140,7 +140,7 @@ def one(run: Run, shape: Shape, cluster: Cluster) -> Forecast:
         footprint=held,
         pace=pace(composed, cluster.machine, capability, links),
         missing_gib=held.taken / GIB + GRAPH_SPARE * one_graph - cluster.room_gib,
-        over_gib=held.peak / GIB - cluster.memory_gib,
+        over_gib=held.taken / GIB - cluster.memory_gib,
     )
 
 

@@ -64,8 +64,12 @@ def predict(plan: Plan) -> Memory:
 def describe(plan: Plan) -> str:
     """One line for people."""
     found, gib = predict(plan), 2**30
-    standing = found.peak if plan.graph_obstacle is None else found.standing  # a graph keeps its memory
-    line = f"memory: {found.peak / gib:.2f} GiB a rank at the peak, {standing / gib:.2f} of it between steps"
+    peak, standing = found.peak, found.standing
+    if plan.graph_obstacle is None:  # a graph keeps its memory, and what ranks sum stands beside it
+        standing = peak
+        sums = 4 * sum(math.prod(p.shape) for p in finetune.select(plan.declared, plan.trained))
+        peak += sums if plan.mesh.world > 1 else 0
+    line = f"memory: {peak / gib:.2f} GiB a rank at the peak, {standing / gib:.2f} of it between steps"
     if held := _frozen(plan.front):
         line += f"; beside it {held / gib:.2f} of encoders"
     if found.host:

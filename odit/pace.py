@@ -189,7 +189,7 @@ def _optimizer_s(composed: Plan, machine: Rates) -> float:
     whole, local = _counts(composed)
     size, stage, m = composed.dtype.itemsize, composed.run.parallel.zero, composed.num_micro
     seen = local if stage >= 2 else whole
-    g = size if composed.sums_dtype is not None else 4
+    g = size if composed.sums_dtype is not None and composed.mesh.world == 1 else 4
     sums = 0 if g == size else (size + 4) * whole + (m - 1) * (8 + size) * seen
     cast = (4 + size) * (local if stage else whole) * (size != 4)
     if composed.run.parallel.offload != "none":

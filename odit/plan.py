@@ -93,10 +93,12 @@ class Plan:
 
     @property
     def sums_dtype(self) -> torch.dtype | None:
-        """Of gradients on their way to the optimizer; None for the masters', which summing over ranks or micro-batches
-        needs, and fp16, in which what is small is lost once the loss scale is divided out."""
-        alone = self.mesh.world == 1 and self.num_micro == 1 and self.dtype != torch.float16
-        return self.dtype if self.one_pass and alone else None
+        """Of a step's gradients until ranks sum them; None for the masters', which sums over micro-batches need, an
+        optimizer of several passes, and fp16, in which what is small is lost once the loss scale is divided out."""
+        if self.num_micro > 1 or self.dtype == torch.float16:
+            return None
+        as_they_come = self.one_pass if self.mesh.world == 1 else self.layout.stage <= 1  # which reduces them later
+        return self.dtype if as_they_come else None
 
     @property
     def graph_obstacle(self) -> str | None:
@@ -110,7 +112,7 @@ class Plan:
         if self.mesh.sp.size > 1:
             return f"parallel.sp {self.mesh.sp.size} passes tokens between ranks in it"
         if self.layout.stage > 0:
-            return f"parallel.zero {self.layout.stage} moves weights"
+            return f"parallel.zero {self.layout.stage}: tested in stage 0 alone"
         if self.dtype == torch.float16:
             return "the loss scale of fp16 changes"
         return "a frozen text encoder runs in it" if self.front.text is not None else None

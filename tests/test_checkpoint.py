@@ -21,6 +21,7 @@ from odit import source as sources
 from odit.config_json import to_json
 from odit.health import CheckpointError, Damaged
 from odit.parallel import mesh as meshes
+from odit.saver import Saver
 from odit.storage import Disk, StorageError
 
 KEY = random.key(1)
@@ -282,7 +283,7 @@ def test_later_updates_do_not_leak_into_a_save(tmp_path):
     """And its bytes are those of a save that is waited for."""
     composed, disk = states.plan_of(tmp_path / "a"), Gated()
     state = states.state_of(composed, 7)
-    with checkpoint.Saver(composed, background=True, disk=disk) as saver:
+    with Saver(composed, background=True, disk=disk) as saver:
         saver.save(state, {"note": 7})
         move_(state)
         saver.at_step(8)
@@ -291,7 +292,7 @@ def test_later_updates_do_not_leak_into_a_save(tmp_path):
     loaded, _ = checkpoint.load(saving.folder_of(tmp_path / "a", 7), composed)
     assert states.is_state(composed, loaded, 7)
     other = states.plan_of(tmp_path / "b")
-    with checkpoint.Saver(other, background=False) as saver:
+    with Saver(other, background=False) as saver:
         saver.save(states.state_of(other, 7), {"note": 7})
         assert checkpoint.steps(tmp_path / "b") == [7]
     names = ["manifest.json", "state-00000-of-00001.safetensors"]
@@ -301,7 +302,7 @@ def test_later_updates_do_not_leak_into_a_save(tmp_path):
 
 def test_one_save_is_in_flight(tmp_path):
     composed, disk = states.plan_of(tmp_path), Gated()
-    with checkpoint.Saver(composed, background=True, disk=disk) as saver:
+    with Saver(composed, background=True, disk=disk) as saver:
         saver.save(states.state_of(composed, 7), {})
         timer = threading.Timer(0.1, disk.gate.set)
         timer.start()
@@ -318,7 +319,7 @@ def test_an_error_comes_at_the_next_step_where_it_is_waited_for_and_at_the_end(t
 
     def failed():
         disk = Gated(errno.ENOSPC)
-        saver = checkpoint.Saver(composed, background=True, disk=disk)
+        saver = Saver(composed, background=True, disk=disk)
         saver.save(states.state_of(composed, 7), {})
         saver.at_step(8)  # nothing has happened yet
         disk.gate.set()
@@ -345,7 +346,7 @@ def test_all_ranks_raise_after_the_same_step(tmp_path, monkeypatch):
 
     def run(rank):
         composed = states.plan_of(tmp_path, world, rank, zero=2)
-        saver = checkpoint.Saver(composed, background=True, disk=disks[rank])
+        saver = Saver(composed, background=True, disk=disks[rank])
         saver.save(states.state_of(composed, 7), {})
         for step in range(8, 2000):
             barrier.wait()
@@ -367,7 +368,7 @@ def test_all_ranks_raise_after_the_same_step(tmp_path, monkeypatch):
 
 def test_who_has_lost_the_others_does_not_wait_for_them(tmp_path):
     composed, disk = states.plan_of(tmp_path), Gated()
-    saver = checkpoint.Saver(composed, background=True, disk=disk)
+    saver = Saver(composed, background=True, disk=disk)
     with pytest.raises(meshes.RanksLost), saver:
         saver.save(states.state_of(composed, 7), {})
         raise meshes.RanksLost("rank 1")
@@ -407,7 +408,7 @@ def test_on_a_gpu_a_copy_is_taken_before_the_next_update(tmp_path):
     trees = [{"w": torch.full((5000, 5000), float(n), device="cuda")} for n in range(4)]
     opt = train.optim.AdamState(trees[1], trees[2], torch.tensor(7))
     state = train.TrainState(7, trees[0], opt, trees[3], train.LossScale(1.0, 0))
-    with checkpoint.Saver(composed, background=True) as saver:
+    with Saver(composed, background=True) as saver:
         saver.save(state, {})
         move_(state)
     loaded, _ = checkpoint.load(saving.folder_of(tmp_path, 7), dataclasses.replace(composed, device="cpu"))
@@ -435,7 +436,7 @@ def test_a_run_on_a_full_disk_ends_with_what_is_wrong(tiny, monkeypatch):
     """And leaves the checkpoint before."""
     train_script, run = script("train"), dataclasses.replace(tiny, checkpoint_every=1, stop_at=1)
     train_script.main(run)
-    monkeypatch.setattr(checkpoint.Saver.__init__, "__defaults__", (full(),))
+    monkeypatch.setattr(Saver.__init__, "__defaults__", (full(),))
     with pytest.raises(
         StorageError, match=r"cannot be written \(ENOSPC: No space left on device\): \d+ bytes are needed"
     ):

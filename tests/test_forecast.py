@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from odit import checks, config, data, forecast, memory, pace, plan, random, rates, train
+from odit.bench import forecasts
 from odit.config import Parallel
 from odit.data import loader
 from odit.footprint import footprint, pretend, weights
@@ -24,6 +25,7 @@ RUN = dataclasses.replace(
     precision="bf16",
     evaluate=False,
     kernels="reference",
+    graphs=False,  # as on a CPU
     data=data.Config(source="synthetic", image_size=16, channels=3, num_classes=10, held_out=0.0),
     model=dit.Config(width=64, depth=4, heads=4, patch=2),
 )
@@ -121,6 +123,21 @@ def test_a_graph_takes_more_than_its_tensors():
     assert 0 < one.taken - one.peak <= one.weights.sums
 
 
+def test_a_graph_of_several_ranks_stands_beside_what_they_sum():
+    run = dataclasses.replace(PUBLISHED, kernels="auto", micro_batch=None)
+    one, two = held(run, 1), held(dataclasses.replace(run, global_batch=128), 2)
+    assert one.peak == two.peak and two.weights.sums <= two.taken - one.taken <= 1.2 * two.weights.sums
+
+
+def test_what_a_graph_keeps_beside_sums_is_too_large_too():
+    cluster = forecast.Cluster(1, 22.0, H200, "nvlink")
+    run = dataclasses.replace(
+        config.presets()["dit-xl-2"][1], global_batch=64, micro_batch=32, precision="bf16", evaluate=False
+    )
+    found = forecast.one(run, checks.expected_shape(run), cluster)
+    assert found.footprint.peak < 22 * forecast.GIB < found.footprint.taken and found.verdict == "too large"
+
+
 @functools.cache
 def seconds(**changes):
     run = dataclasses.replace(PUBLISHED, kernels="auto", **changes)
@@ -175,6 +192,32 @@ def test_the_script_tells_what_fits(tmp_path, capsys):
     assert all(0 < row["over_gib"] == pytest.approx(row["peak_gib"] - 4.5, abs=2e-3) for row in large)
     assert "run it:  python experiments/train.py dit-s-8 --global-batch 2048" in printed
     assert "too close to tell, so many GiB are missing" in printed and "too large, by so many GiB" in printed
+
+
+def test_edges_of_memory_are_tried_on_both_sides():
+    gib = {}
+
+    def runs(run, limit):
+        gib[run.global_batch] = forecasts.told(run, H200, limit)
+        return "tried"
+
+    row = forecasts.edge_row("dit-s-8:4", H200, runs)
+    (fits, fits_told, _), *close, (large, large_told, _), (more, more_told, _) = row["tried"]
+    assert (fits_told, large_told, more_told) == ("fits", "too large", "too large") and fits < large < more
+    assert [verdict for _, verdict, _ in close] == ["close"] and set(gib) == {n for n, *_ in row["tried"]}
+    assert gib[fits].missing_gib <= 0 < gib[large].over_gib
+    for n, verdict in ((fits + 1, "close"), (large - 1, "close")):
+        assert forecasts.told(forecasts.run_of("dit-s-8", n, None, {}), H200, 4).verdict == verdict
+
+
+def test_words_of_layouts():
+    found = forecasts.parse("dit-xl-2:192/64+selective+offload3")
+    assert found == ("dit-xl-2", 192, 64, {"remat": "selective", "zero": 3, "offload": "optimizer"})
+    for word in ("dit-xl-2", "dit-xl-2:many", "dit-xl-2:8+fast", "dit-xl-2:8/x"):
+        with pytest.raises(ValueError, match=r"is no layout: write PRESET:NUMBER, /MICRO-BATCH and \+selective"):
+            forecasts.parse(word)
+    for word in (*forecasts.Forecasts.layouts, *forecasts.Forecasts.edges):
+        assert forecasts.run_of(*forecasts.parse(word)).kernels == "fused"
 
 
 def test_commands_name_what_differs_from_the_default():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import redraw
 
-from odit import data, graphs, plan, random, sample, train, tree
+from odit import checks, data, footprint, graphs, plan, random, sample, train, tree
 from odit.config import Guidance, Parallel, Sampling
 from odit.data import loader
 
@@ -97,10 +97,35 @@ def both_ways(mesh, run):
         return plainly, steps_of(mesh, run), recorder.recorded
 
 
+# (ranks, settings, what stands in the way)
+OBSTACLES = [
+    (1, {}, None),
+    (2, {}, None),
+    (1, dict(graphs=False), "--no-graphs"),
+    (2, dict(parallel=Parallel(sp=2, sequence="ulysses")), "parallel.sp 2 passes tokens"),
+    (2, dict(parallel=Parallel(zero=1)), "parallel.zero 1"),
+    (1, dict(parallel=Parallel(zero=3)), "parallel.zero 3"),
+    (1, dict(parallel=Parallel(zero=2, offload="optimizer")), "host memory"),
+    (2, dict(precision="fp16"), "loss scale"),
+]
+
+
+@pytest.mark.parametrize("world, settings, why", OBSTACLES)
+def test_what_cannot_be_a_graph(tiny, world, settings, why):
+    """And a forecast, whose GPU is not there, decides alike."""
+    run = dataclasses.replace(tiny, global_batch=8, **settings)
+    told = footprint.pretend(run, checks.expected_shape(run), world, (9, 0))
+    assert footprint.graphed(told) == (why is None)
+    found = dataclasses.replace(told, device=torch.device("cuda")).graph_obstacle
+    assert found is None if why is None else why in found
+    assert told.graph_obstacle == "--no-graphs" if "graphs" in settings else "the device is cpu" == told.graph_obstacle
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2])
-def test_weights_are_filled_again_where_they_were(ranks, tiny, world, stage):
-    run = dataclasses.replace(tiny, precision="bf16", parallel=Parallel(zero=stage), global_batch=2)
+def test_weights_are_filled_again_where_they_were(ranks, tiny, world, stage, precision):
+    run = dataclasses.replace(tiny, precision=precision, parallel=Parallel(zero=stage), global_batch=2)
     for before, after, right in ranks.run(world, held_again, run, dp=world, sp=1):
         assert before == after and right
 

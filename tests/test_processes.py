@@ -62,7 +62,7 @@ def wait_until(true, seconds):
 
 @contextmanager
 def torchrun(tmp_path, *args, world=4, device="cpu", script=("experiments/train.py",), **environment):
-    """A small run on four ranks under torchrun that has come to its first steps: (launcher, log file).
+    """A small run of ``world`` ranks under torchrun that has come to its first steps: (launcher, log file).
 
     On random latents: scikit-learn, which has the digits, would double the time to start.
     """
@@ -347,6 +347,22 @@ class TestNccl:
             (line,), lost = errors([log.read_text()]), int(whom[-1])
             assert f"rank {lost} of 2 does not answer" in line, line
             assert exits(tmp_path / "run") == [{"code": 7, "reason": line.removeprefix("error: ")}]
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_steps_by_graphs_are_those_without(self, tmp_path, precision):
+        """Of two micro-batches, with a checkpoint on its way at the first steps."""
+        args = ["dit-s-8", *SMALL, "--steps", "12", "--micro-batch", "2", "--precision", precision, "--device", "cuda"]
+        args += ["--no-progress", "--checkpoint-every", "1", "--checkpoint-async"]
+        found = []
+        for way in ("graphs", "no-graphs"):
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            command += ["experiments/train.py", *args, f"--{way}", "--out", str(tmp_path / way)]
+            with marked(tmp_path) as env:
+                done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=2 * START_S)
+            assert done.returncode == 0 and ("graphs: none" in done.stdout) == (way == "no-graphs"), done.stderr
+            lines = map(json.loads, (tmp_path / way / "metrics.jsonl").read_text().splitlines())
+            found.append([(r["loss"], r["grad_norm"], r["draw_digest"]) for r in lines if "draw_digest" in r])
+        assert found[0] == found[1] and len(found[0]) == 12
 
     def test_a_signal_leaves_a_checkpoint(self, tmp_path):
         with torchrun(tmp_path, "--no-progress", "--steps", "100000", world=2, device="cuda") as (launcher, log):

@@ -87,8 +87,8 @@ def run_of(cfg: Train, way: str) -> config.Run:
     )
 
 
-def measure(cfg: Train, run: config.Run) -> tuple[dict[str, Any], list]:
-    """The row of a run, and its slowest kernels if they are asked for."""
+def measure(cfg: Train, run: config.Run, clear: Callable[[], None] | None = None) -> tuple[dict[str, Any], list]:
+    """The row of a run, and its slowest kernels if they are asked for; ``clear`` starts the count of peaks."""
     torch._dynamo.reset()
     counters.clear()
     gc.collect()  # the graphs of the way before
@@ -96,7 +96,7 @@ def measure(cfg: Train, run: config.Run) -> tuple[dict[str, Any], list]:
     dataset, key = data.open_dataset(run.data, composed.front.tokenize), random.key(0)
     (batch,) = loader.batches(dataset, key, global_batch=cfg.batch, stop=1)
     state, step = train.init_state(composed, key), train.make_step(composed)
-    clear_peaks(composed.device)
+    clear() if clear else clear_peaks(composed.device)
     began = now(composed.device)
     state, metrics = step(state, batch, key)
     start = now(composed.device) - began

@@ -415,10 +415,13 @@ def _launch(
     arrives = recorder.arrival(received * x.element_size())
     on_host = x.is_cuda and dist.get_backend(axis.group) == "gloo"
     there, here = (_pinned(out, out is x), _pinned(x, True)) if on_host else (out, x)
+    if not async_op:
+        recorder.emit(op, axis.name, 0, 0, "waiting", number, device=x.device)
     works = call(there, there if out is x else here, async_op)
 
     def finish() -> None:
-        recorder.emit(op, axis.name, 0, 0, "waiting", number, device=x.device)
+        if async_op:
+            recorder.emit(op, axis.name, 0, 0, "waiting", number, device=x.device)
         for work in works if async_op else ():
             work.wait()
         if arrives:

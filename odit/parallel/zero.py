@@ -127,11 +127,10 @@ class Layout:
             return Held({k: named[k] for k in shards}, outer, inner)
 
     def _cast(self, shards: tree.Tree, into: Held | None) -> tree.Tree:
-        if into is None:
+        """Masters in the working dtype: themselves where it is theirs, else in the memory of ``into`` if given."""
+        if into is None or all(p.dtype == self.dtype for p in tree.leaves(shards)):
             return tree.map(lambda p: p.detach().to(self.dtype), shards)
-        stale = [(w, p) for w, p in zip(tree.leaves(into.whole), tree.leaves(shards)) if w.data_ptr() != p.data_ptr()]
-        if stale:  # else the weights are used as they are
-            torch._foreach_copy_(*map(list, zip(*stale)))
+        torch._foreach_copy_(tree.leaves(into.whole), tree.leaves(shards))
         return into.whole
 
     def targets(self, shards: tree.Tree, held: Held) -> tree.Tree:
@@ -148,7 +147,10 @@ class Layout:
         return params, run_layers(ops, Sharded(self.inner, held.inner, sink), self.remat)
 
     def reduce(self, grads: tree.Tree) -> tree.Tree:
-        """Accumulated gradients of ``targets`` as this rank's parts of the sums over ranks; once a step."""
+        """Accumulated gradients of ``targets`` as this rank's parts of the sums over ranks, in fp32; once a step.
+
+        On one rank, and in stages 2 and 3, they are that already, in the dtype they came in.
+        """
         if self.stage >= 2 or self.axis.size == 1:
             return grads
         summed = {k: None for k in grads}
@@ -165,7 +167,7 @@ class Layout:
             flat = torch.cat([leaves[i].reshape(-1).to(self.reduce_dtype) for i in places])
             collectives.all_reduce_(flat, axis)
             for i, summed in zip(places, flat.split([leaves[i].numel() for i in places])):
-                summed = summed.view(leaves[i].shape).to(leaves[i].dtype)
+                summed = summed.view(leaves[i].shape).float()
                 leaves[i] = found[i].part(summed, self.axis.rank).contiguous()
         return tree.unflatten(grads, leaves)
 
