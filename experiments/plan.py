@@ -1,7 +1,7 @@
 """Will it fit, and how fast? Bytes a rank and seconds a step of every layout of a preset, on GPUs that are not here.
 
 ``python experiments/plan.py dit-xl-2 --gpus 8 --memory-gib 80 --global-batch 256`` prints the fastest layouts that fit,
-the command for the first, and by how much others are too large.
+the command for the first, and which others are too large or too close to tell.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Will it fit, and how fast? Every layout of a run on so many GPUs, its bytes (footprint) and its seconds (pace).
 
 No GPU is needed, and none of the ranks is there: formulas, a few blocks on tensors without data, and a machine's table
-of rates. ``ASSUMED`` are the words for what stands behind the figures.
+of rates. ``assumed`` says what stands behind the figures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What experiments/plan.py foretells of one GPU beside what it does: times and peaks of steps, and where memory ends."""
+"""What experiments/plan.py foretells of one GPU beside what it does: times, peaks, and where memory ends."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Forecasts:
         *("dit-b-2:128+offload2", "vdit-s-1x2x2:24", "vdit-b-1x2x2:8+selective", "vdit-xl-1x2x2:6"),
         *("vdit-l-1x2x2:12+block", "latte-xl-1x2x2:6", "latte-b-1x2x2:24+selective"),
     )
-    """PRESET:BATCH, /MICRO-BATCH, and with +selective, +block (recomputation), +offload2 or +offload3 (of the optimizer,
-    in that ZeRO stage)."""
+    """PRESET:BATCH, /MICRO-BATCH, and with +selective, +block (recomputation), +offload2 or +offload3 (the optimizer on
+    the host, in that ZeRO stage)."""
     edges: tuple[str, ...] = (
         *("dit-s-2:8", "dit-b-2:16", "dit-b-2:12+offload2", "dit-l-2:24+block", "dit-xl-2:32"),
         *("dit-xl-2:24+selective", "latte-b-1x2x2:24", "vdit-b-1x2x2:32"),
