@@ -33,19 +33,20 @@ MODELS = {
     "some whole": dit.Config(width=44, depth=2, heads=11, patch=2, mlp_ratio=3.25),
 }
 G = 4  # bytes of a gradient: accumulated in the masters' dtype
+ONCE = 2  # where there is nothing to accumulate and ranks sum once a step: as backward gave it
 
 
-def bytes_a_parameter(stage, world, inside_blocks, splits):
+def bytes_a_parameter(stage, world, micro, inside_blocks, splits):
     """State, working weights that stand for the whole step, and gradients as backward leaves them.
 
     0: 16 + 2 + g; 1: 16 / N + 2 + g; 2: (16 + g) / N + 2; 3: (16 + g) / N, and 2 more outside the blocks, where weights
-    are gathered once a step. Stage 3 casts a block's weights from the masters when it gathers them: no bf16 shard of
-    them is held, which the table's (18 + g) / N counts.
+    are gathered once a step; g is 2 in stages 0 and 1 of one micro-batch. Stage 3 casts a block's weights from the
+    masters when it gathers them: no bf16 shard of them is held, which the table's (18 + g) / N counts.
     """
     n = world if splits else 1
     state = 16 if stage == 0 else 16 / n
     working = 0 if stage == 3 and inside_blocks else 2
-    gradient = G if stage <= 1 else G / n
+    gradient = G / n if stage > 1 else ONCE if micro == 1 else G
     return state, working, gradient
 
 
@@ -78,7 +79,7 @@ def test_held_bytes_equal_the_formulas(held, world, model, stage, micro):
     for leaves, storages, _ in held(world, model, stage, micro):
         totals = [0, 0, 0]
         for (path, p), s in zip(tree.items(declared), tree.leaves(specs)):
-            expected = bytes_a_parameter(stage, world, path.startswith("blocks."), s.dim is not None)
+            expected = bytes_a_parameter(stage, world, micro, path.startswith("blocks."), s.dim is not None)
             for kind, size in enumerate(expected):
                 assert leaves[kind].get(path, 0) == size * p.size, (("state", "working", "gradient")[kind], path)
                 totals[kind] += size * p.size

@@ -147,7 +147,7 @@ class Layout:
         return params, run_layers(ops, Sharded(self.inner, held.inner, sink), self.remat)
 
     def reduce(self, grads: tree.Tree) -> tree.Tree:
-        """Accumulated gradients of ``targets`` as this rank's parts of the sums over ranks, in fp32; once a step.
+        """Accumulated gradients of ``targets`` as this rank's parts of the sums over ranks, at least fp32; once a step.
 
         On one rank, and in stages 2 and 3, they are that already, in the dtype they came in.
         """
@@ -167,7 +167,7 @@ class Layout:
             flat = torch.cat([leaves[i].reshape(-1).to(self.reduce_dtype) for i in places])
             collectives.all_reduce_(flat, axis)
             for i, summed in zip(places, flat.split([leaves[i].numel() for i in places])):
-                summed = summed.view(leaves[i].shape).float()
+                summed = summed.view(leaves[i].shape).to(torch.promote_types(leaves[i].dtype, torch.float32))
                 leaves[i] = found[i].part(summed, self.axis.rank).contiguous()
         return tree.unflatten(grads, leaves)
 
