@@ -77,6 +77,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_steps_of_ranks_are_those_without_graphs(ranks, tiny, layout, precision):
@@ -121,6 +122,7 @@ def test_what_cannot_be_a_graph(tiny, world, settings, why):
     assert told.graph_obstacle == "--no-graphs" if "graphs" in settings else "the device is cpu" == told.graph_obstacle
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2])
