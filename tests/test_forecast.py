@@ -129,6 +129,12 @@ def test_a_graph_of_several_ranks_stands_beside_what_they_sum():
     assert one.peak == two.peak and two.weights.sums <= two.taken - one.taken <= 1.2 * two.weights.sums
 
 
+def test_while_ranks_sum_a_graph_the_sums_of_micro_batches_and_theirs_stand_at_once():
+    two = held(dataclasses.replace(PUBLISHED, kernels="auto", micro_batch=16), 2)
+    w = two.weights
+    assert two.taken >= w.standing + w.working + two.kept.forward + 2 * w.sums
+
+
 def test_what_a_graph_keeps_beside_sums_is_too_large_too():
     cluster = forecast.Cluster(1, 22.0, H200, "nvlink")
     run = dataclasses.replace(
