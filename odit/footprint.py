@@ -134,7 +134,9 @@ def footprint(composed: Plan, capability: tuple[int, int]) -> Footprint:
     if graphed(composed):  # captured before there are sums, and its pool stays beside them and what follows
         pool = max(moments[:3]) - base
         peak = max(*(moment - sums for moment in moments[:3]), moments[3])
-        summed = num_micro > 1 and composed.mesh.world > 1  # else the last moment has the graph's gradients in it
+        # where all sums follow backward, those of micro-batches are all the last moment has beside what ranks sum;
+        # else it has the graph's gradients in it
+        summed = num_micro > 1 and composed.mesh.world > 1 and stage < 2
         taken = max(*moments[:3], moments[3] + pool - (0 if summed else w.gradients))
     host = 0
     if run.parallel.offload != "none":

@@ -247,7 +247,7 @@ def assumed(cluster: Cluster) -> list[str]:
         f"assumed: allocator and libraries waste {100 * MARGIN:.0f} % of memory, and where a step is one CUDA "
         f"graph {GRAPH_SPARE} GiB more; too large is what has tensors beyond all of it",
         *[
-            "assumed: what the host takes without a graph (stages 1 to 3, shared tokens) is counted by kernels; where "
+            "assumed: what the host takes without a graph (--no-graphs, offload, fp16) is counted by kernels; where "
             "micro-batches are small it is the limit, and stages 2 and 3 take more than that (README, which layout?)"
         ]
         * (cluster.gpus > 1),

@@ -68,7 +68,7 @@ def describe(plan: Plan) -> str:
     if plan.graph_obstacle is None:  # a graph keeps its memory, and what ranks sum stands beside it
         standing = peak
         sums = 4 * sum(math.prod(p.shape) for p in finetune.select(plan.declared, plan.trained))
-        peak += sums if plan.mesh.world > 1 else 0
+        peak += sums if plan.mesh.world > 1 and plan.layout.stage < 2 else 0
     line = f"memory: {peak / gib:.2f} GiB a rank at the peak, {standing / gib:.2f} of it between steps"
     if held := _frozen(plan.front):
         line += f"; beside it {held / gib:.2f} of encoders"

@@ -109,13 +109,16 @@ class Plan:
             return f"the device is {self.device.type}"
         if self.home != self.device:
             return "weights are in host memory"
-        if self.mesh.sp.size > 1:
-            return f"parallel.sp {self.mesh.sp.size} passes tokens between ranks in it"
-        if self.layout.stage > 0:
-            return f"parallel.zero {self.layout.stage}: tested in stage 0 alone"
+        if self.exchanges and collectives.through_host(self.mesh.all, self.device):
+            return "ranks that share a GPU exchange tensors in it through the host"
         if self.dtype == torch.float16:
             return "the loss scale of fp16 changes"
         return "a frozen text encoder runs in it" if self.front.text is not None else None
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether ranks exchange tokens, weights or gradients within a micro-batch."""
+        return self.mesh.sp.size > 1 or (self.layout.stage >= 2 and self.mesh.world > 1)
 
     @functools.cached_property
     def graphs(self) -> dict[Any, Any]:

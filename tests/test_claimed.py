@@ -201,7 +201,7 @@ CASES = [
 ]
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(7)
 @MESHES
 @EVERY_MODEL
 @pytest.mark.parametrize("how, remat", CASES)

@@ -88,7 +88,7 @@ def test_held_bytes_equal_the_formulas(held, world, model, stage, micro):
 
 @WORLDS
 @CASES
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 def test_nothing_else_of_the_size_of_the_weights_stands(held, world, model, stage, micro):
     """All tensors that the step made and that are still there: samples and losses, less than 1/4 byte a parameter."""
     num = param.count(dit.declare(MODELS[model], dit.Shape(3, 8, 10)))

@@ -248,6 +248,7 @@ CASES = [
 ]
 
 
+@pytest.mark.every(3)  # coprime to the axes, so that all their values come
 @pytest.mark.parametrize("world, sp, precision, fault, culprit", CASES, scope="session")
 @STAGES
 def test_bad_numbers_on_one_rank_skip_the_step_on_all(ranks, world, sp, stage, precision, fault, culprit):

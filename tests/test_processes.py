@@ -11,6 +11,7 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import graphed
 import pytest
 import torch
 import torch.distributed as dist
@@ -363,6 +364,19 @@ class TestNccl:
             lines = map(json.loads, (tmp_path / way / "metrics.jsonl").read_text().splitlines())
             found.append([(r["loss"], r["grad_norm"], r["draw_digest"]) for r in lines if "draw_digest" in r])
         assert found[0] == found[1] and len(found[0]) == 12
+
+    def test_graphs_of_every_layout_have_the_bits_of_none(self, tmp_path):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        with marked(tmp_path) as env:
+            path = {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+            done = subprocess.run(
+                [*command, "tests/graphed.py"], cwd=ROOT, env=env | path, capture_output=True, text=True,
+                timeout=4 * START_S,
+            )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        assert len(rows) == 2 * len(graphed.LAYOUTS)
+        assert [row for row in rows if not (row["equal"] and row["graphs"])] == []
 
     def test_a_signal_leaves_a_checkpoint(self, tmp_path):
         with torchrun(tmp_path, "--no-progress", "--steps", "100000", world=2, device="cuda") as (launcher, log):

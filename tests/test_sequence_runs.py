@@ -167,6 +167,7 @@ def drawn_alone():
     return pictures_on(single())
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world, sp, stage", [(2, 2, 0), (4, 4, 3), (3, 3, 0), (4, 2, 3)])
 def test_pictures_are_those_of_one_rank(ranks, drawn_alone, name, world, sp, stage):
@@ -237,6 +238,7 @@ def kept_bytes(name, sp):
 MOST = {"ulysses": 0.27, "ring": 0.27, "usp": 0.27, "fastseq": 0.3, "megatron": 0.32}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name, most", MOST.items())
 def test_four_ranks_keep_a_quarter_of_the_activations(name, most):
     """Beside a quarter of what one rank keeps: attention's output on both sides of its all-to-all (M / n elements a

@@ -401,6 +401,11 @@ def _call(function: Callable, axis: Axis) -> Callable:
     return lambda out, x, later: [function(out, x, group=axis.group, async_op=later)] if len(x) else []
 
 
+def through_host(axis: Axis, device: torch.device) -> bool:
+    """Whether tensors of a GPU go through host memory: over gloo, where ranks share it. A pretended axis has NCCL."""
+    return device.type == "cuda" and axis.group is not None and dist.get_backend(axis.group) == "gloo"
+
+
 def _launch(
     op: str, axis: Axis, received: int, out: Tensor, x: Tensor, call: Callable, async_op: bool
 ) -> Handle | Tensor:
@@ -413,7 +418,7 @@ def _launch(
     if x.is_meta:  # a plan: nothing moves
         return _given(out, async_op)
     arrives = recorder.arrival(received * x.element_size())
-    on_host = x.is_cuda and dist.get_backend(axis.group) == "gloo"
+    on_host = through_host(axis, x.device)
     there, here = (_pinned(out, out is x), _pinned(x, True)) if on_host else (out, x)
     if not async_op:
         recorder.emit(op, axis.name, 0, 0, "waiting", number, device=x.device)
