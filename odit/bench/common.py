@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import time
@@ -42,6 +43,7 @@ def preset(name: str) -> config.Run:
 
 def clear_peaks(device: torch.device) -> None:
     """Peaks of memory count from here."""
+    gc.collect()  # a plan and its graphs refer to each other, and hold the memory of a step
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
