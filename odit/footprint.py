@@ -96,14 +96,26 @@ def _degrees(run: Run, world: int) -> dict[str, Any]:
 def record(run: Run, shape: Shape, strategy: str, capability: tuple[int, int]) -> ops.Ops:
     """The record that ``plan`` would choose on a GPU of this compute capability, where all libraries are there."""
     from odit import kernels
+    from odit.kernels import gelu_mlp
 
     if run.kernels == "reference":
         return ops.Ops()
     size, found = run.model.head_size, attended(run, shape, strategy, capability)
+    fused = kernels.fused(ops.flash())
+    if gelu_in_products(run, capability):
+        fused = replace(fused, mlp=gelu_mlp.site(run.parallel.remat))
     if found is None:
-        return kernels.fused(ops.flash())
+        return fused
     choice = attention.Choice(attention.BACKENDS[found.backend], found.wide, found.told)
-    return attention.with_attention(kernels.fused(ops.flash()), choice, size, strategy == "none")
+    return attention.with_attention(fused, choice, size, strategy == "none")
+
+
+def gelu_in_products(run: Run, capability: tuple[int, int]) -> bool:
+    """Whether the mlp's products have its GELU in them there."""
+    from odit.kernels import gelu_mlp
+
+    mlp = gelu_mlp.Mlp(run.model.mlp, run.model.width, run.model.ffn)
+    return run.kernels != "reference" and gelu_mlp.serves(capability, plan.DTYPES[run.precision], mlp) is None
 
 
 def attended(run: Run, shape: Shape, strategy: str, capability: tuple[int, int]) -> attention.Entry | None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from odit import models
-from odit.footprint import Part, attended, graphed, parts
+from odit.footprint import Part, attended, gelu_in_products, graphed, parts
 from odit.parallel import sequence
 from odit.parallel.collectives import shares
 from odit.plan import Plan
@@ -162,13 +162,15 @@ def _passes_s(composed: Plan, machine: Rates, capability: tuple[int, int]) -> Bl
     row = tokens * cfg.width * size
     wide = tokens * cfg.ffn * size  # under megatron all tokens and a part of the ffn: as many
     turn = machine.pass_s(2 * row, "turn") if models.of(cfg).time_space(cfg, composed.shape.size) > 1 else 0.0
-    forward = machine.pass_s((2 + 4 + 3) * row, "norm") + machine.pass_s(2 * wide, "gelu_forward") + turn
+    # in products the first one takes no longer for GELU, and that of backward reads what came before it
+    into, back = (0, 1) if gelu_in_products(composed.run, capability) else (2, 3)
+    forward = machine.pass_s((2 + 4 + 3) * row, "norm") + machine.pass_s(into * wide, "gelu_forward") + turn
     sums = (3 + 1 + 1) * row * (n if composed.claimed else 1)
     entry = attended(composed.run, composed.shape, composed.sequence, capability)
     plain_qk = not cfg.qk_norm and cfg.positions != "rotary"
     packed = 0 if plain_qk and entry and entry.backend == "triton" and composed.sequence == "none" else 6
     backward = machine.pass_s((3 + 6 + 3 + MEETINGS + packed) * row, "norm") + machine.pass_s(sums, "sums")
-    return Block(forward, backward + machine.pass_s(3 * wide, "gelu_backward") + turn, 0.0)
+    return Block(forward, backward + machine.pass_s(back * wide, "gelu_backward") + turn, 0.0)
 
 
 def _ends_s(composed: Plan, machine: Rates) -> float:

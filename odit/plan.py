@@ -302,6 +302,12 @@ def _kernels(run: Run, shape: Shape, sizes: Sequence[Size], device: torch.device
     packs = strategy == "none"  # nothing looks at q, k and v between qkv and attend
     merged = "PyTorch's flash attention in parts, whose backward pass does not repeat bit for bit"
     told = f"kernels: fused{' (auto)' * (run.kernels == 'auto')}; {found.told if plain or not on_gpu else merged}"
+    if on_gpu:
+        from odit.kernels import gelu_mlp  # which loads Triton
+
+        mlp = gelu_mlp.Mlp(cfg.mlp, cfg.width, cfg.ffn)
+        ops, line = gelu_mlp.chosen(ops, device, DTYPES[run.precision], mlp, run.parallel.remat)
+        told += f"; {line}"
     return attention.with_attention(ops, found, cfg.head_size, packs), told
 
 

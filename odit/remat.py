@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from odit import tree
 from odit.ops import Ops
 
-PRODUCTS = ("mm", "addmm", "linear")  # with weights; plain attention's are batched and run again
+PRODUCTS = ("mm", "addmm", "linear", "gelu_mlp")  # with weights; plain attention's are batched and run again
 ATTENTION = ("attention", "attend")  # in an operator's name: PyTorch's kernels and those of odit
 
 

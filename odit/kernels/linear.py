@@ -67,6 +67,11 @@ sums_op = torch.library.custom_op("odit::column_sums", column_sums, mutates_args
 sums_op.register_fake(lambda x: x.new_empty((x.shape[0], x.shape[2])))
 
 
+def bias_gradient(dy_MD: Tensor) -> Tensor:
+    """The sum over rows, (D,), by the kernel where that serves."""
+    return sums_op(dy_MD[None])[0] if served(WIDEST, dy_MD) else dy_MD.sum(0)
+
+
 def _remember_shape(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.shape = inputs[0].shape
 

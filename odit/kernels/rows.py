@@ -236,7 +236,8 @@ def totals(partial_BTND: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over spans, (B, N, D) in ``dtype``."""
     B, T, N, D = partial_BTND.shape
     out_BND = partial_BTND.new_empty((B, N, D), dtype=dtype)
-    rows, width = (16, 128) if T <= 16 else (64, 32)  # many spans: more programs, of fewer steps one after the other
+    # many spans: more programs, of fewer steps one after the other; few: wider ones, of no idle rows
+    rows, width = (4, 512) if T <= 4 else (16, 128) if T <= 16 else (64, 32)
     blocks = triton.cdiv(N * D, width)
     constants = {"STEPS": triton.next_power_of_2(triton.cdiv(T, rows)), "T": rows, "W": width, "num_warps": WARPS}
     launch(totals_kernel, B * blocks, out_BND.device, partial_BTND, out_BND, T, N * D, blocks, **constants)

@@ -1,0 +1,184 @@
+"""The mlp whose bias and GELU are in the epilogues of its products: nothing passes over memory between them.
+
+    z = x w1^T + b1,  h = gelu(z)              one product, which writes both
+    y = h w2^T + b2
+    dz = (dy w2) gelu'(z),  db1 = sum of dz    one product, which reads z on the way; the rest are PyTorch's
+
+The products are quack-kernels' (CUTLASS, for Hopper and later). Against ``bias_gelu`` a block of DiT-XL at batch 128
+saves 331 us of 1,398. With ``lean`` h is not kept: the product of backward writes it again, for 95 us, and a layer
+keeps its input, z and y. On a CPU the same in plain PyTorch, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from odit.kernels import bias_gelu
+from odit.kernels.linear import bias_gradient
+from odit.ops import Ops
+
+MEASURED = ((9, 0),)  # compute capabilities where it was faster, by ``experiments/bench.py train``
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Mlp(NamedTuple):
+    """What an mlp is: gelu or swiglu, D and F."""
+
+    kind: str
+    width: int
+    ffn: int
+
+
+def chosen(ops: Ops, device: torch.device, dtype: torch.dtype, mlp: Mlp, remat: str) -> tuple[Ops, str]:
+    """The record with this mlp where it can be, and words on it."""
+    if why := obstacle(device, dtype, mlp):
+        return ops, f"GELU beside the products of the mlp ({why})"
+    return replace(ops, mlp=site(remat)), "GELU in the products of the mlp (quack-kernels)"
+
+
+def serves(capability: tuple[int, int], dtype: torch.dtype, mlp: Mlp) -> str | None:
+    """Why it is not taken on such a GPU, whatever is installed; None where it is."""
+    if mlp.kind != "gelu":
+        return f"model.mlp is {mlp.kind}"
+    if capability not in MEASURED:
+        return f"not measured on compute capability {capability[0]}.{capability[1]}"
+    if dtype not in HALF:
+        return f"{str(dtype).removeprefix('torch.')} is not half precision"
+    return f"width {mlp.width} or ffn {mlp.ffn} is no multiple of 8" if mlp.width % 8 or mlp.ffn % 8 else None
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, mlp: Mlp) -> str | None:
+    """Why it cannot be taken on this device; None where it can."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if why := serves(torch.cuda.get_device_capability(device), dtype, mlp):
+        return why
+    try:
+        _quack()
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except Exception as error:  # quack-kernels 0.6.5 and nvidia-cutlass-dsl 4.8 do not fit
+        return f"quack-kernels cannot be loaded ({type(error).__name__})"
+    return None
+
+
+@functools.cache
+def _quack() -> Any:
+    """quack's products and their tiles, the fastest of ten on an H200 for 32,768 tokens of width 1152."""
+    from quack import gemm_interface
+    from quack.epilogue import library
+    from quack.gemm_config import GemmConfig
+
+    def tiles(columns: int) -> GemmConfig:
+        return GemmConfig(128, columns, pingpong=True, cluster_m=2, cluster_n=1, is_dynamic_persistent=False)
+
+    return SimpleNamespace(
+        forward=functools.partial(gemm_interface.gemm_act, activation=GELU, tuned=False, config=tiles(192)),
+        backward=functools.partial(library.dact_dbias_mod(GELU), tuned=False, config=tiles(160)),
+        backward_lean=functools.partial(library.dgelu_dbias_mod, tuned=False, config=tiles(160)),
+    )
+
+
+GELU = "gelu_tanh_approx"
+
+
+@torch.library.custom_op("odit::gelu_mlp", mutates_args=())
+def _forward(
+    x_MD: Tensor, w1_FD: Tensor, b1_F: Tensor, w2_DF: Tensor, b2_D: Tensor | None, lean: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, z and h; h is empty if ``lean``."""
+    if x_MD.is_cuda:
+        z, h = _quack().forward(x_MD, w1_FD.t(), bias=b1_F)
+    else:
+        z = torch.nn.functional.linear(x_MD, w1_FD, b1_F)
+        h = torch.nn.functional.gelu(z, approximate="tanh")
+    y = torch.nn.functional.linear(h, w2_DF, b2_D)
+    return y, z, h.new_empty(0) if lean else h
+
+
+@_forward.register_fake
+def _(x_MD, w1_FD, b1_F, w2_DF, b2_D, lean):
+    z = x_MD.new_empty((len(x_MD), len(w1_FD)))
+    return torch.empty_like(x_MD), z, z.new_empty(0) if lean else torch.empty_like(z)
+
+
+@torch.library.custom_op("odit::gelu_mlp_backward", mutates_args=())
+def _backward(dy_MD: Tensor, w2_DF: Tensor, z_MF: Tensor, lean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dz, db1, and h if ``lean``, else nothing."""
+    if dy_MD.is_cuda:
+        found = (_quack().backward_lean if lean else _quack().backward)(dy_MD, w2_DF, z_MF)
+        dz, db, h = found["D"], found["dbias" if lean else "dwb"], found.get("postact")
+    else:
+        h, pull = torch.func.vjp(lambda z: torch.nn.functional.gelu(z, approximate="tanh"), z_MF)
+        (dz,) = pull(dy_MD @ w2_DF)
+        db = dz.sum(0)
+    return dz, db.view(-1).to(dz.dtype, copy=True), h if lean else dz.new_empty(0)
+
+
+@_backward.register_fake
+def _(dy_MD, w2_DF, z_MF, lean):
+    return torch.empty_like(z_MF), z_MF.new_empty(z_MF.shape[1]), torch.empty_like(z_MF) if lean else z_MF.new_empty(0)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, w1, _, w2, _, ctx.lean = inputs
+    _, z, h = output
+    ctx.save_for_backward(x, w1, w2, z, h)
+    ctx.mark_non_differentiable(z, h)
+
+
+def _differentiate(ctx: Any, dy: Tensor, dz: Any, dh: Any) -> tuple[Tensor | None, ...]:
+    x, w1, w2, z, h = ctx.saved_tensors
+    to_x, to_w1, to_b1, to_w2, to_b2, _ = ctx.needs_input_grad
+    dy = dy.contiguous()
+    dz, db1, again = _backward(dy, w2, z, ctx.lean)
+    dw2 = dy.t() @ (again if ctx.lean else h) if to_w2 else None
+    dx, dw1 = dz @ w1 if to_x else None, dz.t() @ x if to_w1 else None
+    return dx, dw1, db1 if to_b1 else None, dw2, bias_gradient(dy) if to_b2 else None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _takes(*tensors: Tensor) -> bool:
+    """Whether all rows start at multiples of 16 bytes, as the GPU's copies of tiles demand."""
+    first = tensors[0]
+    return first.dtype in HALF and all(
+        x.dtype == first.dtype
+        and x.stride(-1) == 1
+        and x.storage_offset() % 8 == 0
+        and (x.ndim == 1 or x.stride(0) % 8 == 0)
+        for x in tensors
+    )
+
+
+def site(remat: str) -> Callable:
+    """``mlp``, or ``lean_mlp`` where what is elementwise runs again in backward."""
+    return lean_mlp if remat == "selective" else mlp
+
+
+def mlp(h_BLD: Tensor, p: dict) -> Tensor:
+    """``ops.mlp``; by ``bias_gelu`` where there are no gradients, for SwiGLU, jvp and vmap, and for a few widths."""
+    return _mlp(h_BLD, p, False)
+
+
+def lean_mlp(h_BLD: Tensor, p: dict) -> Tensor:
+    """The same that keeps no h."""
+    return _mlp(h_BLD, p, True)
+
+
+def _mlp(h_BLD: Tensor, p: dict, lean: bool) -> Tensor:
+    mapped = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    if "gate" in p or "b" not in p["fc1"] or mapped or not torch.is_grad_enabled():
+        return bias_gelu.mlp(h_BLD, p)
+    x, w1, b1, w2 = h_BLD.flatten(0, -2), p["fc1"]["w"], p["fc1"]["b"], p["fc2"]["w"]
+    if x.is_cuda and not _takes(x, w1, w2, b1):
+        return bias_gelu.mlp(h_BLD, p)
+    return _forward(x, w1, b1, w2, p["fc2"].get("b"), lean)[0].unflatten(0, h_BLD.shape[:-1])
