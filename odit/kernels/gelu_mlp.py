@@ -64,7 +64,7 @@ def obstacle(device: torch.device, dtype: torch.dtype, mlp: Mlp) -> str | None:
         _quack()
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed"
-    except Exception as error:  # quack-kernels 0.6.5 and nvidia-cutlass-dsl 4.8 do not fit
+    except Exception as error:  # a version that does not fit
         return f"quack-kernels cannot be loaded ({type(error).__name__})"
     return None
 
