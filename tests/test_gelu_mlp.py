@@ -158,6 +158,22 @@ def test_numbers_on_a_gpu(site, precision, B, L, D):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("precision", HALF)
+def test_pictures_on_a_gpu(precision):
+    """Without gradients, of many rows and of few."""
+    pytest.importorskip("quack")
+    dtype = HALF[precision]
+    if why := gelu_mlp.obstacle(torch.device("cuda"), dtype, MLP):
+        pytest.skip(why)
+    for L in (16, gelu_mlp.LEAST):
+        h, p, _ = drawn(2, L, 128, 512, dtype, "cuda")
+        double = {layer: {name: x.double() for name, x in found.items()} for layer, found in p.items()}
+        with torch.no_grad():
+            exact = ops.mlp(h.double(), double)
+            assert distance(gelu_mlp.mlp(h, p), exact) <= 1.5 * distance(ops.mlp(h, p), exact)
+
+
+@pytest.mark.gpu
 def test_part_of_a_weight_on_a_gpu():
     """As a rank of megatron has it: rows of fc1 and columns of fc2; where no row may start, the other one serves."""
     pytest.importorskip("quack")

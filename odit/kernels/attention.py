@@ -122,6 +122,7 @@ def _keep(ctx, inputs, output):
     q, k, v, ctx.scale, ctx.repeats = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, do, dlse):

@@ -5,13 +5,14 @@
     dz = (dy w2) gelu'(z),  db1 = sum of dz    one product, which reads z on the way; the rest are PyTorch's
 
 The products are quack-kernels' (CUTLASS, for Hopper and later). Against ``bias_gelu`` a block of DiT-XL at batch 128
-saves 331 us of 1,398. With ``lean`` h is not kept: the product of backward writes it again, for 95 us, and a layer
-keeps its input, z and y. On a CPU the same in plain PyTorch, for tests.
+saves a quarter of their time. With ``lean`` h is not kept: the product of backward writes it again, and a layer keeps
+its input, z and y. On a CPU the same in plain PyTorch, for tests.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from odit.kernels import bias_gelu
 from odit.kernels.linear import bias_gradient
-from odit.ops import Ops
+from odit.ops import Ops, linear
 
+LEAST = 2048  # rows without gradients, below which PyTorch's product with GELU is as fast
 MEASURED = ((9, 0),)  # compute capabilities where it was faster, by ``experiments/bench.py train``
 HALF = (torch.float16, torch.bfloat16)
 
@@ -72,17 +74,19 @@ def obstacle(device: torch.device, dtype: torch.dtype, mlp: Mlp) -> str | None:
 @functools.cache
 def _quack() -> Any:
     """quack's products and their tiles, the fastest of ten on an H200 for 32,768 tokens of width 1152."""
-    from quack import gemm_interface
-    from quack.epilogue import library
-    from quack.gemm_config import GemmConfig
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from quack import gemm_interface
+        from quack.epilogue import library
+        from quack.gemm_config import GemmConfig
 
     def tiles(columns: int) -> GemmConfig:
         return GemmConfig(128, columns, pingpong=True, cluster_m=2, cluster_n=1, is_dynamic_persistent=False)
 
     return SimpleNamespace(
         forward=functools.partial(gemm_interface.gemm_act, activation=GELU, tuned=False, config=tiles(192)),
-        backward=functools.partial(library.dact_dbias_mod(GELU), tuned=False, config=tiles(160)),
-        backward_lean=functools.partial(library.dgelu_dbias_mod, tuned=False, config=tiles(160)),
+        backward=functools.partial(library.dact_dbias_mod(GELU), tuned=False, config=tiles(128)),
+        backward_lean=functools.partial(library.dgelu_dbias_mod, tuned=False, config=tiles(128)),
     )
 
 
@@ -132,6 +136,7 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, z, h = output
     ctx.save_for_backward(x, w1, w2, z, h)
     ctx.mark_non_differentiable(z, h)
+    ctx.set_materialize_grads(False)  # or zeros of their size would be written
 
 
 def _differentiate(ctx: Any, dy: Tensor, dz: Any, dh: Any) -> tuple[Tensor | None, ...]:
@@ -165,7 +170,7 @@ def site(remat: str) -> Callable:
 
 
 def mlp(h_BLD: Tensor, p: dict) -> Tensor:
-    """``ops.mlp``; by ``bias_gelu`` where there are no gradients, for SwiGLU, jvp and vmap, and for a few widths."""
+    """``ops.mlp``; by ``bias_gelu`` for SwiGLU, jvp and vmap, a few widths, and few rows without gradients."""
     return _mlp(h_BLD, p, False)
 
 
@@ -175,10 +180,16 @@ def lean_mlp(h_BLD: Tensor, p: dict) -> Tensor:
 
 
 def _mlp(h_BLD: Tensor, p: dict, lean: bool) -> Tensor:
-    mapped = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-    if "gate" in p or "b" not in p["fc1"] or mapped or not torch.is_grad_enabled():
+    compiling = torch.compiler.is_compiling()
+    mapped = not compiling and torch._C._functorch.peek_interpreter_stack() is not None
+    if "gate" in p or "b" not in p["fc1"] or mapped:
         return bias_gelu.mlp(h_BLD, p)
     x, w1, b1, w2 = h_BLD.flatten(0, -2), p["fc1"]["w"], p["fc1"]["b"], p["fc2"]["w"]
     if x.is_cuda and not _takes(x, w1, w2, b1):
         return bias_gelu.mlp(h_BLD, p)
-    return _forward(x, w1, b1, w2, p["fc2"].get("b"), lean)[0].unflatten(0, h_BLD.shape[:-1])
+    if torch.is_grad_enabled():
+        return _forward(x, w1, b1, w2, p["fc2"].get("b"), lean)[0].unflatten(0, h_BLD.shape[:-1])
+    if compiling or not x.is_cuda or len(x) < LEAST:
+        return bias_gelu.mlp(h_BLD, p)
+    h = _quack().forward(x, w1.t(), bias=b1, store_preact=False)[1]
+    return linear(h.unflatten(0, h_BLD.shape[:-1]), p["fc2"])
