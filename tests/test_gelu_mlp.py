@@ -107,6 +107,31 @@ def test_where_it_does_not_serve_the_other_one_does(monkeypatch):
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize(
+    "cut, stays",
+    [
+        (lambda x: x[:, :32], True),
+        (lambda x: x[2:, 8:], True),
+        (lambda x: x[:, 4:36], False),
+        (lambda x: x.view(-1)[: 8 * 33].view(8, 33)[:, :32], False),
+        (lambda x: x.t(), False),
+        (lambda x: x[0, 16:32], True),
+        (lambda x: x[0, 3:19], False),
+    ],
+)
+def test_rows_that_start_anywhere_are_copied(cut, stays):
+    x = cut(torch.arange(640.0).view(16, 40))
+    found = gelu_mlp._aligned(x)
+    assert torch.equal(found, x) and (found is x) == stays
+
+
+def test_what_decides_is_traced_when_compiled():
+    wide, narrow = (torch.zeros(4, n, dtype=torch.bfloat16) for n in (16, 12))
+    asked = torch.compile(lambda *xs: xs[0] + gelu_mlp._takes(*xs), backend="aot_eager", fullgraph=True)
+    for args, served in ((wide, wide), True), ((wide, narrow), False), ((wide, wide.float()), False):
+        assert asked(*args)[0, 0].item() == served == gelu_mlp._takes(*args)
+
+
 MLP = gelu_mlp.Mlp("gelu", 64, 256)
 
 
@@ -175,7 +200,7 @@ def test_pictures_on_a_gpu(precision):
 
 @pytest.mark.gpu
 def test_part_of_a_weight_on_a_gpu():
-    """As a rank of megatron has it: rows of fc1 and columns of fc2; where no row may start, the other one serves."""
+    """As a rank of megatron has it: rows of fc1 and columns of fc2, the last ones where no row may start."""
     pytest.importorskip("quack")
     if why := gelu_mlp.obstacle(torch.device("cuda"), torch.bfloat16, MLP):
         pytest.skip(why)

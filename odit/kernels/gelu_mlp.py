@@ -93,13 +93,24 @@ def _quack() -> Any:
 GELU = "gelu_tanh_approx"
 
 
+def _product(x_MD: Tensor, w_FD: Tensor, b_F: Tensor, keeps: bool) -> tuple[Tensor | None, Tensor]:
+    """z, if it ``keeps`` that, and h."""
+    return _quack().forward(_aligned(x_MD), _aligned(w_FD).t(), bias=_aligned(b_F), store_preact=keeps)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x where its rows start at multiples of 16 bytes, as the GPU's copies of tiles demand; else a copy of it."""
+    starts = x.storage_offset() % 8 == 0 and (x.ndim == 1 or x.stride(0) % 8 == 0)
+    return x if x.stride(-1) == 1 and starts else x.clone(memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op("odit::gelu_mlp", mutates_args=())
 def _forward(
     x_MD: Tensor, w1_FD: Tensor, b1_F: Tensor, w2_DF: Tensor, b2_D: Tensor | None, lean: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, z and h; h is empty if ``lean``."""
     if x_MD.is_cuda:
-        z, h = _quack().forward(x_MD, w1_FD.t(), bias=b1_F)
+        z, h = _product(x_MD, w1_FD, b1_F, True)
     else:
         z = torch.nn.functional.linear(x_MD, w1_FD, b1_F)
         h = torch.nn.functional.gelu(z, approximate="tanh")
@@ -117,7 +128,7 @@ def _(x_MD, w1_FD, b1_F, w2_DF, b2_D, lean):
 def _backward(dy_MD: Tensor, w2_DF: Tensor, z_MF: Tensor, lean: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dz, db1, and h if ``lean``, else nothing."""
     if dy_MD.is_cuda:
-        found = (_quack().backward_lean if lean else _quack().backward)(dy_MD, w2_DF, z_MF)
+        found = (_quack().backward_lean if lean else _quack().backward)(_aligned(dy_MD), _aligned(w2_DF), z_MF)
         dz, db, h = found["D"], found["dbias" if lean else "dwb"], found.get("postact")
     else:
         h, pull = torch.func.vjp(lambda z: torch.nn.functional.gelu(z, approximate="tanh"), z_MF)
@@ -142,7 +153,6 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _differentiate(ctx: Any, dy: Tensor, dz: Any, dh: Any) -> tuple[Tensor | None, ...]:
     x, w1, w2, z, h = ctx.saved_tensors
     to_x, to_w1, to_b1, to_w2, to_b2, _ = ctx.needs_input_grad
-    dy = dy.contiguous()
     dz, db1, again = _backward(dy, w2, z, ctx.lean)
     dw2 = dy.t() @ (again if ctx.lean else h) if to_w2 else None
     dx, dw1 = dz @ w1 if to_x else None, dz.t() @ x if to_w1 else None
@@ -153,15 +163,9 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _takes(*tensors: Tensor) -> bool:
-    """Whether all rows start at multiples of 16 bytes, as the GPU's copies of tiles demand."""
-    first = tensors[0]
-    return first.dtype in HALF and all(
-        x.dtype == first.dtype
-        and x.stride(-1) == 1
-        and x.storage_offset() % 8 == 0
-        and (x.ndim == 1 or x.stride(0) % 8 == 0)
-        for x in tensors
-    )
+    """Whether they are of one dtype, in half precision, and the columns of a row fill multiples of 16 bytes."""
+    dtype = tensors[0].dtype
+    return dtype in HALF and all(x.dtype == dtype and x.shape[-1] % 8 == 0 for x in tensors)
 
 
 def site(remat: str) -> Callable:
@@ -191,5 +195,5 @@ def _mlp(h_BLD: Tensor, p: dict, lean: bool) -> Tensor:
         return _forward(x, w1, b1, w2, p["fc2"].get("b"), lean)[0].unflatten(0, h_BLD.shape[:-1])
     if compiling or not x.is_cuda or len(x) < LEAST:
         return bias_gelu.mlp(h_BLD, p)
-    h = _quack().forward(x, w1.t(), bias=b1, store_preact=False)[1]
+    h = _product(x, w1, b1, False)[1]
     return linear(h.unflatten(0, h_BLD.shape[:-1]), p["fc2"])
