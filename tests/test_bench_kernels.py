@@ -43,7 +43,9 @@ def test_wrong_settings_are_refused():
         kernels.make_case(kernels.Kernels(batch=1, tokens=1, width=64, heads=5), "norm_rotate", torch.device("cpu"))
 
 
-def test_the_tables_of_the_readme_are_those_of_the_rows():
+@pytest.mark.parametrize("name, kinds", [("h200", 5), ("h200-plan", 1)])
+def test_the_tables_of_the_readme_are_those_of_the_rows(name, kinds):
     root = Path(__file__).parents[1]
-    rows = [json.loads(line) for line in (root / "docs" / "h200.jsonl").read_text().splitlines()]
-    assert table.markdown(rows) in (root / "README.md").read_text()
+    rows = [json.loads(line) for line in (root / "docs" / f"{name}.jsonl").read_text().splitlines()]
+    found = table.markdown(rows)
+    assert found.count("---\n") + found.count("--- |\n") == kinds and found in (root / "README.md").read_text()

@@ -20,6 +20,8 @@ KINDS: dict[str, tuple[tuple[str, str], ...]] = {
     "sample": (("model", "preset"), ("pictures", "images"), ("way", "way"), ("s", "s"), ("first one", "start_s")),
     "encoders": (("model", "preset"), ("latents", "name"), ("ms", "ms"), ("samples/s", "samples_per_s"),
                  ("in encoders", "encoders_share"), ("peak GiB", "peak_gib")),
+    "plan": (("model, batch", "layout"), ("ms predicted", "predicted_ms"), ("measured", "ms"), ("off", "ms_off"),
+             ("peak GiB predicted", "predicted_gib"), ("measured", "peak_gib"), ("off", "gib_off")),
 }  # fmt: skip
 
 
@@ -53,4 +55,6 @@ def shown(value: Any, key: str) -> str:
     """A value as a table has it: shares in percent, numbers to four digits."""
     if key in ("of_copy", "encoders_share"):
         return f"{100 * value:.0f} %"
+    if key.endswith("_off"):
+        return f"{100 * value:+.1f} %"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

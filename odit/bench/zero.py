@@ -88,6 +88,12 @@ def zero_row(cfg: Zero, layout: str, mesh: meshes.Mesh) -> dict[str, Any]:
     peak = max(collectives.gather_objects(mesh.all, found["peak"]))  # of the rank that holds most
     flops = 6 * models.of(run.model).macs(run.model, composed.shape) * cfg.batch
     ms = sorted(found["ms"])[len(found["ms"]) // 2]
+    moved = {
+        "gathered_mib": round(found["gathered"] / 2**20, 3),
+        "reduced_mib": round(found["reduced"] / 2**20, 3),
+        "exposed_ms": round(found["exposed_ms"], 2),
+    }
+    hidden = composed.exchanges and composed.graph_obstacle is None  # within a graph, where nothing records them
     return {
         **about,
         "ranks": mesh.world,
@@ -99,9 +105,7 @@ def zero_row(cfg: Zero, layout: str, mesh: meshes.Mesh) -> dict[str, Any]:
         "peak_gib": round(peak / 2**30, 3),
         **({"planned_gib": round(planned / 2**30, 3)} if planned else {}),
         **({"reserved_gib": round(found["reserved"] / 2**30, 3)} if "reserved" in found else {}),
-        "gathered_mib": round(found["gathered"] / 2**20, 3),
-        "reduced_mib": round(found["reduced"] / 2**20, 3),
-        "exposed_ms": round(found["exposed_ms"], 2),
+        **({} if hidden else moved),
         "loss": found["loss"],
     }
 
