@@ -102,7 +102,7 @@ def record(run: Run, shape: Shape, strategy: str, capability: tuple[int, int]) -
         return ops.Ops()
     size, found = run.model.head_size, attended(run, shape, strategy, capability)
     fused = kernels.fused(ops.flash())
-    if gelu_in_products(run, capability):
+    if gelu_in_products(run, strategy, capability):
         fused = replace(fused, mlp=gelu_mlp.site(run.parallel.remat))
     if found is None:
         return fused
@@ -110,11 +110,12 @@ def record(run: Run, shape: Shape, strategy: str, capability: tuple[int, int]) -
     return attention.with_attention(fused, choice, size, strategy == "none")
 
 
-def gelu_in_products(run: Run, capability: tuple[int, int]) -> bool:
+def gelu_in_products(run: Run, strategy: str, capability: tuple[int, int]) -> bool:
     """Whether the mlp's products have its GELU in them there."""
     from odit.kernels import gelu_mlp
 
-    mlp = gelu_mlp.Mlp(run.model.mlp, run.model.width, run.model.ffn)
+    shares = run.parallel.sp or 1 if strategy == "megatron" else 1
+    mlp = gelu_mlp.Mlp(run.model.mlp, run.model.width, run.model.ffn, shares)
     return run.kernels != "reference" and gelu_mlp.serves(capability, plan.DTYPES[run.precision], mlp) is None
 
 

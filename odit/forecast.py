@@ -251,8 +251,8 @@ def assumed(cluster: Cluster) -> list[str]:
             "micro-batches are small it is the limit, and stages 2 and 3 take more than that (README, which layout?)"
         ]
         * (cluster.gpus > 1),
-        "assumed: fused kernels and every attention library; no time for data, validation, checkpoints or slow "
-        "ranks; transfers take nothing from kernels beside them",
+        "assumed: fused kernels, every attention library and quack-kernels; no time for data, validation, checkpoints "
+        "or slow ranks; transfers take nothing from kernels beside them",
         *(f"rates: {name}: {source}" for name, source in m.sources.items()),
     ]
 

@@ -163,7 +163,7 @@ def _passes_s(composed: Plan, machine: Rates, capability: tuple[int, int]) -> Bl
     wide = tokens * cfg.ffn * size  # under megatron all tokens and a part of the ffn: as many
     turn = machine.pass_s(2 * row, "turn") if models.of(cfg).time_space(cfg, composed.shape.size) > 1 else 0.0
     # in products: one tensor more than without GELU, which is written in forward and read in backward
-    into, back = (1, 1) if gelu_in_products(composed.run, capability) else (2, 3)
+    into, back = (1, 1) if gelu_in_products(composed.run, composed.sequence, capability) else (2, 3)
     forward = machine.pass_s((2 + 4 + 3) * row, "norm") + machine.pass_s(into * wide, "gelu_forward") + turn
     sums = (3 + 1 + 1) * row * (n if composed.claimed else 1)
     entry = attended(composed.run, composed.shape, composed.sequence, capability)

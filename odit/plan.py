@@ -305,7 +305,8 @@ def _kernels(run: Run, shape: Shape, sizes: Sequence[Size], device: torch.device
     if on_gpu:
         from odit.kernels import gelu_mlp  # which loads Triton
 
-        mlp = gelu_mlp.Mlp(cfg.mlp, cfg.width, cfg.ffn)
+        shares = run.parallel.sp or 1 if strategy == "megatron" else 1
+        mlp = gelu_mlp.Mlp(cfg.mlp, cfg.width, cfg.ffn, shares)
         ops, line = gelu_mlp.chosen(ops, device, DTYPES[run.precision], mlp, run.parallel.remat)
         told += f"; {line}"
     return attention.with_attention(ops, found, cfg.head_size, packs), told

@@ -57,6 +57,8 @@ def steps(run: config.Run, mesh: meshes.Mesh) -> tuple[list, bool]:
     composed = plan.make(run, dataset, mesh)
     share = (mesh.dp.rank, mesh.dp.size)
     state, step, told = train.init_state(composed, KEY), train.make_step(composed), []
+    for leaf in tree.leaves(state.params):
+        leaf.add_(0.01)  # or adaLN-Zero's gates would keep the blocks out of the first steps
     for batch in loader.batches(dataset, KEY, global_batch=run.global_batch, stop=STEPS, part=share):
         state, metrics = step(state, batch, KEY)
         told.append((metrics["loss"], metrics["grad_norm"], metrics["draw_digest"]))

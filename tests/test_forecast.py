@@ -68,7 +68,7 @@ def test_bytes_are_those_of_a_weighed_step(layout):
     assert held(run).taken == pytest.approx(memory.predict(told(run)).peak, rel=0.05)
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(4)
 @CASES
 def test_bytes_and_traffic_are_those_of_four_ranks(layout, ranks):
     run = run_of(layout)

@@ -1,5 +1,7 @@
 """The mlp with GELU in its products: against the plain one in fp64 on a CPU, and against fp64 on a GPU."""
 
+import sys
+
 import pytest
 import torch
 
@@ -51,7 +53,7 @@ def test_it_is_the_plain_one(site, B, L, D, F, bias):
 
 
 @pytest.mark.parametrize("wanted", [{0}, {1}, {2, 3}, {4}, {0, 2}])
-def test_what_is_frozen_costs_nothing_and_the_rest_is_right(wanted):
+def test_the_rest_is_right_where_some_is_frozen(wanted):
     args = drawn(2, 3, 8, 16)
     for found, expected in zip(
         everything(gelu_mlp.mlp, *args, wanted), everything(ops.mlp, *args, wanted), strict=True
@@ -82,14 +84,36 @@ def lean_block(p, x):
     return gelu_mlp.lean_mlp(x, p)
 
 
+# what trains -> sizes of what a layer keeps beside its weights: x 48, z 96, h 96
+KEPT = {
+    "all": ((0, 1, 2, 3, 4), [48, 96, 96], [0, 48, 96]),
+    "fc1": ((1, 2), [48, 96], [48, 96]),
+    "fc2": ((3, 4), [96, 96], [0, 96]),
+    "nothing of it": ((0,), [96], [96]),
+}
+
+
 @pytest.mark.parametrize("site", SITES)
-def test_what_is_kept(site):
-    """x, z and, unless lean, h; never more."""
+@pytest.mark.parametrize("what", KEPT)
+def test_what_is_kept(site, what):
     h, p, _ = drawn(2, 3, 8, 16)
-    given, kept = {x.data_ptr() for x in [h, *leaves(p)]}, []
+    wanted, kept_, lean = KEPT[what]
+    ends = [x.requires_grad_(i in wanted) for i, x in enumerate([h, *leaves(p)])]
+    weights, kept = {x.data_ptr() for x in ends[1:]}, []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        SITES[site](h.requires_grad_(), p)
-    assert sorted(x.numel() for x in kept if x.data_ptr() not in given) == ([0, 96] if site == "lean" else [96, 96])
+        SITES[site](h, p)
+    assert sorted(x.numel() for x in kept if x.data_ptr() not in weights) == (lean if site == "lean" else kept_)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_a_gradient_that_is_none_stays_none(site):
+    class Nothing(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+        backward = staticmethod(lambda ctx, d: None)
+
+    h, p, _ = drawn(2, 3, 8, 16)
+    y = Nothing.apply(SITES[site](h.requires_grad_(), p))
+    assert torch.autograd.grad(y.sum(), [h], allow_unused=True) == (None,)
 
 
 def test_where_it_does_not_serve_the_other_one_does(monkeypatch):
@@ -143,6 +167,13 @@ MLP = gelu_mlp.Mlp("gelu", 64, 256)
         ((8, 0), torch.bfloat16, MLP, "not measured on compute capability 8.0"),
         ((9, 0), torch.bfloat16, gelu_mlp.Mlp("swiglu", 64, 256), "model.mlp is swiglu"),
         ((9, 0), torch.bfloat16, gelu_mlp.Mlp("gelu", 60, 240), "width 60 or ffn 240 is no multiple of 8"),
+        ((9, 0), torch.bfloat16, gelu_mlp.Mlp("gelu", 64, 256, 4), None),
+        (
+            (9, 0),
+            torch.bfloat16,
+            gelu_mlp.Mlp("gelu", 64, 256, 3),
+            "width 64 or ffn 256 over 3 ranks is no multiple of 8",
+        ),
     ],
 )
 def test_where_it_serves(capability, dtype, mlp, why):
@@ -151,9 +182,11 @@ def test_where_it_serves(capability, dtype, mlp, why):
 
 def test_a_library_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gelu_mlp, "_quack", gelu_mlp._quack.__wrapped__)
+    monkeypatch.setitem(sys.modules, "quack", None)
     device = torch.device("cuda")
     found, line = gelu_mlp.chosen(ops.Ops(), device, torch.bfloat16, MLP, "none")
-    assert found == ops.Ops() and line == "GELU beside the products of the mlp (quack is not installed)"
+    assert found == ops.Ops() and line == "GELU beside the products of the mlp (quack-kernels is not installed)"
     monkeypatch.setattr(gelu_mlp, "_quack", lambda: {}["x"])
     assert gelu_mlp.obstacle(device, torch.bfloat16, MLP) == "quack-kernels cannot be loaded (KeyError)"
     monkeypatch.setattr(gelu_mlp, "_quack", lambda: None)

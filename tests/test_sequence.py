@@ -220,7 +220,7 @@ def test_equals_one_rank(ranks, model, shape, mesh, name, stage):
     assert_equals_one_rank(found, model, shape, described(mesh, model, shape, name, stage))
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(7)
 @pytest.mark.parametrize("mesh, shape, stage", TIME_SPACE)
 def test_dsp_equals_one_rank(ranks, mesh, shape, stage):
     found = on_mesh(ranks, mesh, "dsp", 1, loss_and_gradients, "time x space", shape, "dsp", stage)

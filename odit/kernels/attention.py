@@ -126,6 +126,8 @@ def _keep(ctx, inputs, output):
 
 
 def _differentiate(ctx, do, dlse):
+    if do is None:
+        return (None,) * 5
     return *_attend_fa4_backward(do, *ctx.saved_tensors, ctx.scale, ctx.repeats), None, None
 
 

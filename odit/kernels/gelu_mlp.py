@@ -4,9 +4,10 @@
     y = h w2^T + b2
     dz = (dy w2) gelu'(z),  db1 = sum of dz    one product, which reads z on the way; the rest are PyTorch's
 
-The products are quack-kernels' (CUTLASS, for Hopper and later). Against ``bias_gelu`` a block of DiT-XL at batch 128
-saves a quarter of their time. With ``lean`` h is not kept: the product of backward writes it again, and a layer keeps
-its input, z and y. On a CPU the same in plain PyTorch, for tests.
+The products are quack-kernels' (CUTLASS, for Hopper and later). Against ``bias_gelu`` forward and backward of an mlp
+took 2 to 15 % less on an H200, for each of 15 sizes from 256 tokens of width 1152 to 131,072 of width 384. With
+``lean`` h is not kept: the product of backward writes it again, and a layer keeps its input, z and y. On a CPU the same
+in plain PyTorch, for tests.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Mlp(NamedTuple):
     kind: str
     width: int
     ffn: int
+    shares: int = 1
+    """Ranks that share the ffn."""
 
 
 def chosen(ops: Ops, device: torch.device, dtype: torch.dtype, mlp: Mlp, remat: str) -> tuple[Ops, str]:
@@ -53,7 +56,10 @@ def serves(capability: tuple[int, int], dtype: torch.dtype, mlp: Mlp) -> str | N
         return f"not measured on compute capability {capability[0]}.{capability[1]}"
     if dtype not in HALF:
         return f"{str(dtype).removeprefix('torch.')} is not half precision"
-    return f"width {mlp.width} or ffn {mlp.ffn} is no multiple of 8" if mlp.width % 8 or mlp.ffn % 8 else None
+    if mlp.width % 8 == mlp.ffn % (8 * mlp.shares) == 0:
+        return None
+    shared = f" over {mlp.shares} ranks" if mlp.shares > 1 else ""
+    return f"width {mlp.width} or ffn {mlp.ffn}{shared} is no multiple of 8"
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, mlp: Mlp) -> str | None:
@@ -65,7 +71,8 @@ def obstacle(device: torch.device, dtype: torch.dtype, mlp: Mlp) -> str | None:
     try:
         _quack()
     except ModuleNotFoundError as error:
-        return f"{error.name} is not installed"
+        known = error.name == "quack"
+        return f"quack-kernels {'is not installed' if known else f'needs {error.name}, which is not installed'}"
     except Exception as error:  # a version that does not fit
         return f"quack-kernels cannot be loaded ({type(error).__name__})"
     return None
@@ -145,17 +152,24 @@ def _(dy_MD, w2_DF, z_MF, lean):
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, w1, _, w2, _, ctx.lean = inputs
     _, z, h = output
-    ctx.save_for_backward(x, w1, w2, z, h)
+    _, to_w1, _, to_w2, *_ = ctx.needs_input_grad  # frozen weights need no input of theirs
+    ctx.save_for_backward(x if to_w1 else None, w1, w2, z, h if to_w2 else None)
     ctx.mark_non_differentiable(z, h)
     ctx.set_materialize_grads(False)  # or zeros of their size would be written
 
 
-def _differentiate(ctx: Any, dy: Tensor, dz: Any, dh: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, dz: Any, dh: Any) -> tuple[Tensor | None, ...]:
     x, w1, w2, z, h = ctx.saved_tensors
     to_x, to_w1, to_b1, to_w2, to_b2, _ = ctx.needs_input_grad
-    dz, db1, again = _backward(dy, w2, z, ctx.lean)
-    dw2 = dy.t() @ (again if ctx.lean else h) if to_w2 else None
-    dx, dw1 = dz @ w1 if to_x else None, dz.t() @ x if to_w1 else None
+    dx = dw1 = db1 = dw2 = None
+    if dy is None:
+        return (None,) * 6
+    again = to_w2 and ctx.lean
+    if to_x or to_w1 or to_b1 or again:
+        dz, db1, written = _backward(dy, w2, z, again)
+        h = written if again else h
+        dx, dw1 = dz @ w1 if to_x else None, dz.t() @ x if to_w1 else None
+    dw2 = dy.t() @ h if to_w2 else None
     return dx, dw1, db1 if to_b1 else None, dw2, bias_gradient(dy) if to_b2 else None, None
 
 
@@ -174,7 +188,8 @@ def site(remat: str) -> Callable:
 
 
 def mlp(h_BLD: Tensor, p: dict) -> Tensor:
-    """``ops.mlp``; by ``bias_gelu`` for SwiGLU, jvp and vmap, a few widths, and few rows without gradients."""
+    """``ops.mlp``; by ``bias_gelu`` for SwiGLU, torch.func's jvp and vmap, and a few widths, and without gradients for
+    few rows and when compiled. It has no second derivatives."""
     return _mlp(h_BLD, p, False)
 
 
@@ -186,7 +201,7 @@ def lean_mlp(h_BLD: Tensor, p: dict) -> Tensor:
 def _mlp(h_BLD: Tensor, p: dict, lean: bool) -> Tensor:
     compiling = torch.compiler.is_compiling()
     mapped = not compiling and torch._C._functorch.peek_interpreter_stack() is not None
-    if "gate" in p or "b" not in p["fc1"] or mapped:
+    if "gate" in p or mapped:
         return bias_gelu.mlp(h_BLD, p)
     x, w1, b1, w2 = h_BLD.flatten(0, -2), p["fc1"]["w"], p["fc1"]["b"], p["fc2"]["w"]
     if x.is_cuda and not _takes(x, w1, w2, b1):
