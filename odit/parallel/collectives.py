@@ -415,8 +415,8 @@ def _launch(
     """
     number = recorder.next_number()
     recorder.emit(op, axis.name, received, received * x.element_size(), "started", number)
-    if x.is_meta:  # a plan: nothing moves
-        return _given(out, async_op)
+    if x.is_meta:  # a plan: nothing moves, and what is sent stays until it is waited for
+        return Handle(out, lambda sent=x: None) if async_op else out
     arrives = recorder.arrival(received * x.element_size())
     on_host = through_host(axis, x.device)
     there, here = (_pinned(out, out is x), _pinned(x, True)) if on_host else (out, x)
