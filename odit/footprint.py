@@ -114,8 +114,7 @@ def gelu_in_products(run: Run, strategy: str, capability: tuple[int, int]) -> bo
     """Whether the mlp's products have its GELU in them there."""
     from odit.kernels import gelu_mlp
 
-    shares = run.parallel.sp or 1 if strategy == "megatron" else 1
-    mlp = gelu_mlp.Mlp(run.model.mlp, run.model.width, run.model.ffn, shares)
+    mlp = gelu_mlp.Mlp(*plan.mlp_sizes(run, strategy))
     return run.kernels != "reference" and gelu_mlp.serves(capability, plan.DTYPES[run.precision], mlp) is None
 
 

@@ -305,11 +305,16 @@ def _kernels(run: Run, shape: Shape, sizes: Sequence[Size], device: torch.device
     if on_gpu:
         from odit.kernels import gelu_mlp  # which loads Triton
 
-        shares = run.parallel.sp or 1 if strategy == "megatron" else 1
-        mlp = gelu_mlp.Mlp(cfg.mlp, cfg.width, cfg.ffn, shares)
+        mlp = gelu_mlp.Mlp(*mlp_sizes(run, strategy))
         ops, line = gelu_mlp.chosen(ops, device, DTYPES[run.precision], mlp, run.parallel.remat)
         told += f"; {line}"
     return attention.with_attention(ops, found, cfg.head_size, packs), told
+
+
+def mlp_sizes(run: Run, strategy: str) -> tuple[str, int, int, int]:
+    """What kind of mlp the model has, D, F, and how many ranks share F."""
+    cfg, sp = run.model, run.parallel.sp or 1
+    return cfg.mlp, cfg.width, cfg.ffn, sp if strategy == "megatron" else 1
 
 
 def _strategy(run: Run, shape: Shape, mesh: Mesh, device: torch.device) -> tuple[str, list[str]]:
