@@ -67,6 +67,16 @@ def redraw(declared, key=random.key(11), dtype=torch.float64, std=0.1):
     return tree.map_with_path(leaf, declared)
 
 
+def normal(key, shape, device="cpu"):
+    """``random.normal`` drawn where it is used: on a GPU by the kernel with its bits (test_draws.py), as millions of
+    values take a CPU seconds, and the steps of ``random.normal`` ten times the memory."""
+    if torch.device(device).type == "cpu":
+        return random.normal(key, shape)
+    from odit.kernels import draws  # Triton is not everywhere
+
+    return draws.normal(key, shape, device=device)
+
+
 def script(name):
     """An experiment as a module; scripts are no package."""
     file = Path(__file__).parent.parent / "experiments" / f"{name}.py"

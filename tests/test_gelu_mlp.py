@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from conftest import normal
 
 from odit import ops, random, remat
 from odit.kernels import bias_gelu, gelu_mlp
@@ -17,7 +18,7 @@ def drawn(B, L, D, F, dtype=torch.float64, device="cpu", bias=True):
     """Tokens, the mlp's parameters and a cotangent."""
 
     def leaf(name, *shape, std=1.0):
-        return (std * random.normal(random.fold_in(KEY, name), shape)).to(device, dtype)
+        return (std * normal(random.fold_in(KEY, name), shape, device)).to(dtype)
 
     p = {
         "fc1": {"w": leaf("w1", F, D, std=D**-0.5), "b": leaf("b1", F)},

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import normal
 
 from odit import checks, kernels, memory, ops, optim, random, train, tree
 from odit.data import loader
@@ -66,12 +67,12 @@ def inputs(kernel, B, L, D, dtype=FP32, strided=True, device="cpu"):
     """Other values in each, other modulation a sample; strided ones are what models hand over: slices, transposes."""
     heads = 2 if D % 4 == 0 else 1
     made = {
-        "x": lambda key: random.normal(key, (L, B, D)).transpose(0, 1),
-        "m": lambda key: random.normal(key, (B, 6 * D))[:, 2 * D : 3 * D],
-        "q": lambda key: random.normal(key, (B, L, 3, heads, D // heads))[:, :, 1],
-        "w": lambda key: random.normal(key, (D // heads,)),
+        "x": lambda key: normal(key, (L, B, D), device).transpose(0, 1),
+        "m": lambda key: normal(key, (B, 6 * D), device)[:, 2 * D : 3 * D],
+        "q": lambda key: normal(key, (B, L, 3, heads, D // heads), device)[:, :, 1],
+        "w": lambda key: normal(key, (D // heads,), device),
     }
-    drawn = [made[letter](random.fold_in(KEY, n)).to(device, dtype) for n, letter in enumerate(kernel.takes)]
+    drawn = [made[letter](random.fold_in(KEY, n)).to(dtype) for n, letter in enumerate(kernel.takes)]
     return tuple(drawn if strided else [x.contiguous() for x in drawn])
 
 
@@ -83,7 +84,7 @@ def everything(fn, given):
     """Outputs, and gradients with all of them used."""
     given = tuple(x.detach().requires_grad_() for x in given)
     outputs = as_tuple(fn(*given))
-    used = [random.normal(random.fold_in(KEY, "used", n), y.shape).to(given[0]) for n, y in enumerate(outputs)]
+    used = [normal(random.fold_in(KEY, "used", n), y.shape, y.device).to(y) for n, y in enumerate(outputs)]
     return (*(y.detach() for y in outputs), *torch.autograd.grad(outputs, given, used))
 
 

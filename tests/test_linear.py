@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from conftest import normal
 from test_remat import Counts
 
 from odit import memory, ops, random, remat, tree
@@ -25,7 +26,7 @@ plain = torch.nn.functional.linear
 
 
 def drawn(name, *shape, dtype=FP32, device="cpu"):
-    return random.normal(random.fold_in(KEY, name), shape).to(device, dtype)
+    return normal(random.fold_in(KEY, name), shape, device).to(dtype)
 
 
 def layer(B=2, L=5, D=8, out=6, **how):

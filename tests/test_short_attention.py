@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import normal
 
 from odit import ops, random
 
@@ -16,8 +17,8 @@ KEY = random.key(5)
 
 def drawn(B, L, H, K, dtype=FP32, device="cpu"):
     """q, k and v as slices of one tensor, and what the output is used with."""
-    qkv = random.normal(random.fold_in(KEY, "qkv"), (B, L, 3, H, K)).to(device, dtype)
-    return qkv, random.normal(random.fold_in(KEY, "do"), (B, L, H, K)).to(device, dtype)
+    qkv = normal(random.fold_in(KEY, "qkv"), (B, L, 3, H, K), device).to(dtype)
+    return qkv, normal(random.fold_in(KEY, "do"), (B, L, H, K), device).to(dtype)
 
 
 def everything(fn, qkv, do):

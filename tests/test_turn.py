@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import normal
 
 from odit import ops, random
 
@@ -14,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def draw(shape, dtype, device="cpu"):
-    return random.normal(random.key(len(shape)), shape).to(device, dtype)
+    return normal(random.key(len(shape)), shape, device).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
