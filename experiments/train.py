@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import resource
 import sys
@@ -59,7 +60,7 @@ def main(run: config.Run) -> None:
         meshes.warm_up(mesh)
         if rank == 0:
             stack.enter_context(record.Lock(run.out))
-        health.Exit.keep(run.out, rank)
+        health.Exit.keep(run.out, rank, world)
         front = plan.load_front(run, mesh)
         dataset = data.open_dataset(run.data, front.tokenize)
         told = {"data": identity(dataset), "encoders": front.fingerprints}
@@ -70,11 +71,15 @@ def main(run: config.Run) -> None:
             say(composed, memory.describe(plan.largest(composed)))
 
         key = random.key(run.seed)
-        state = train.share_frozen(composed, restore(composed, dataset) or fresh(composed, key))
+        restored = restore(composed, dataset)
+        state = train.share_frozen(composed, restored or fresh(composed, key))
         stop = run.stop_at or run.steps
-        if state.step >= stop and (state.step < run.steps or finished(run)):
+        if state.step >= stop and (state.step != run.steps or finished(run, dataset)):
             say(composed, f"already at step {state.step} of {stop}: nothing to do")
             return
+        if rank == 0 and (restored is None or not checkpoint.steps(run.out)):
+            if aside := record.set_aside(run.out):
+                say(composed, f"what an earlier run left in {run.out} is in {aside} now")
         recorder = stack.enter_context(record.Recorder(run, state.step) if rank == 0 else record.Silent())
         measure = evaluate.during_training(composed)
         with Saver(composed, run.checkpoint_async) as saver:
@@ -187,6 +192,8 @@ def loop(composed, dataset, state, key, recorder, stop, watch, saver, signals, m
         total=stop, initial=state.step, unit="step", disable=not run.progress or composed.mesh.rank > 0, mininterval=0.5
     )
     mark, mark_step, bad_streak = time.monotonic(), state.step, 0
+    if state.step == stop and not collectives.broadcast_object(composed.mesh.all, stop in checkpoint.steps(run.out)):
+        periodic(composed, dataset, state, recorder, stop, saver, measure)  # resumed from another run's last step
     watch.beat()
     try:
         for batch in batches:
@@ -329,10 +336,18 @@ def identity(dataset: data.Dataset) -> str:
     return f"{dataset.fingerprint()}, {len(dataset.train_ids)} to train on"
 
 
-def finished(run: config.Run) -> bool:
-    """Whether the end of a run has left all it should."""
-    judged = not run.evaluate or run.data.source not in evaluate.JUDGES or (run.out / "evaluation.json").exists()
-    return judged and (run.out / "ema.safetensors").exists()
+def finished(run: config.Run, dataset: data.Dataset) -> bool:
+    """Whether the end of this run, and not an earlier one of fewer steps, has left all it should."""
+    weights, judgement = run.out / "ema.safetensors", run.out / "evaluation.json"
+    if not weights.exists():
+        return False
+    told = checkpoint.read_about(weights)
+    made = {**told["config"], "finetune": told.get("finetune")}  # as finish tells it
+    if told["data"] != identity(dataset) or first_difference(made, to_json(run)):
+        return False
+    if not run.evaluate or run.data.source not in evaluate.JUDGES:
+        return True
+    return judgement.exists() and json.loads(judgement.read_text()).get("step") == run.steps
 
 
 def finish(composed, dataset, state, recorder) -> None:
@@ -355,7 +370,7 @@ def finish(composed, dataset, state, recorder) -> None:
         progress = functools.partial(tqdm, unit="step", leave=False, disable=not run.progress or composed.mesh.rank > 0)
         found = evaluate.evaluate(composed, state.ema, dataset, progress=progress)
         if composed.mesh.rank == 0:
-            record.write_json(out / "evaluation.json", found)
+            record.write_json(out / "evaluation.json", {"step": state.step, **found})
         recorder.log(state.step, found, prefix="evaluation_")
         say(composed, evaluate.report(found))
 

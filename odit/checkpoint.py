@@ -25,7 +25,7 @@ from odit.parallel import collectives
 from odit.parallel.mesh import Axis
 from odit.plan import Plan
 from odit.saving import ROLES, folder_of, save, set_aside, steps
-from odit.storage import DISK, Disk, whole
+from odit.storage import DISK, Disk, StorageError, failure, whole
 from odit.train import LossScale, TrainState
 
 __all__ = [
@@ -205,13 +205,16 @@ def _check_shape(path: Path, name: str, found: tuple[int, ...], wanted: tuple[in
 def save_weights(path: Path, params: tree.Tree, about: dict[str, Any], which: str = "ema", disk: Disk = DISK) -> None:
     """Writes one safetensors file of whole weights; its metadata holds what ``read_about`` returns, and hashes.
 
-    What is told is sealed as a manifest is, hashes of the tensors' cells among it.
+    What is told is sealed as a manifest is, hashes of the tensors' cells among it. Raises StorageError.
     """
     tensors = {f"{which}/{p}": leaf for p, leaf in tree.items(params)}
     told = {"format": manifest.FORMAT, **about, "tensors": {name: _hashes(x) for name, x in tensors.items()}}
     metadata = {"format": "pt", "weights": which, "odit": manifest.to_bytes(told).decode()}
-    with whole(path, disk) as temporary:
-        shards.write_tensors(temporary, tensors, metadata, disk)
+    try:
+        with whole(path, disk) as temporary:
+            shards.write_tensors(temporary, tensors, metadata, disk)
+    except OSError as error:
+        raise StorageError(failure(error, path, shards.size_of(tensors), disk)) from error
 
 
 def _hashes(x: torch.Tensor) -> dict[str, Any]:

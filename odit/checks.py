@@ -60,6 +60,8 @@ def _check_numbers(run: Run) -> None:
             raise ValueError(f"{name} is {getattr(run, name)}: use 1 or more")
     if run.crashes < 0:
         raise ValueError(f"crashes is {run.crashes}: use 0 or more")
+    if run.grad_norms and not run.data.held_out:
+        raise ValueError("grad_norms is part of the validation, and data.held_out 0 leaves no data to it: use 0.1")
     if run.validation_draws < 1:
         raise ValueError(f"validation_draws is {run.validation_draws}: use 1 or more")
     if not 0 <= run.seed < 2**64:

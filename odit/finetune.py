@@ -58,14 +58,17 @@ def check(cfg: Config, started: bool) -> None:
         raise ValueError(f"finetune.lora_alpha is {cfg.lora_alpha} but finetune.lora_rank is 0: use a rank, such as 8")
     if cfg.lora_alpha is not None and not (math.isfinite(cfg.lora_alpha) and cfg.lora_alpha > 0):
         raise ValueError(f"finetune.lora_alpha is {cfg.lora_alpha}: use a positive number, such as {cfg.lora_rank}")
+    if cfg.lora_targets != Config.lora_targets and not cfg.lora_rank:
+        named = " ".join(cfg.lora_targets)
+        raise ValueError(f"finetune.lora_targets is {named} but finetune.lora_rank is 0: use a rank, such as 8")
     if cfg.lora_rank and not cfg.lora_targets:
         raise ValueError(f"finetune.lora_rank is {cfg.lora_rank} but finetune.lora_targets is empty: name some, as qkv")
     if not cfg.train:
         raise ValueError("finetune.train is empty: use all, or patterns such as label.* final.*")
     if "all" in cfg.train and len(cfg.train) > 1:
         raise ValueError(f"finetune.train is {' '.join(cfg.train)}: use all alone, or patterns without it")
-    if not started and (cfg.lora_rank or cfg.train != EVERYTHING):
-        what = "lora_rank" if cfg.lora_rank else "train"
+    if not started and (cfg.lora_rank or cfg.train != EVERYTHING or cfg.strict):
+        what = "lora_rank" if cfg.lora_rank else "train" if cfg.train != EVERYTHING else "strict"
         raise ValueError(f"finetune.{what} is set but nothing is fine-tuned: give weights with --init-from")
 
 

@@ -84,11 +84,13 @@ class Exit:
     writing = threading.RLock()  # of a rank's threads, each of which then ends the process
 
     @classmethod
-    def keep(cls, out: Path, rank: int) -> None:
-        """From now on this process tells its end there; what an earlier one told goes."""
+    def keep(cls, out: Path, rank: int, world: int = 1) -> None:
+        """From now on this process tells its end there; what earlier ones told goes, of ranks that are no more too."""
         storage.make_folders(out / "exit")
         cls.path = out / "exit" / f"{rank:05d}.json"
-        cls.path.unlink(missing_ok=True)
+        gone = [path for path in (out / "exit").glob("*.json") if rank == 0 and int(path.stem) >= world]
+        for path in [cls.path, *gone]:
+            path.unlink(missing_ok=True)
 
     @classmethod
     def tell(cls, code: int, reason: str = "") -> None:

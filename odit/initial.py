@@ -60,7 +60,7 @@ def start(plan: Plan, drawn: tree.Tree, key: random.Key) -> Start:
         CheckpointError: weights that cannot be read, or are of another model: both shapes, and the settings behind it.
         ValueError: a leaf that is drawn afresh and that finetune.train leaves as it is drawn.
     """
-    source = open_source(plan.run.init_from, foreign=Foreign(heads=plan.run.model.heads), setting="init_from")
+    source = open_source(plan.run.init_from, None, Foreign(heads=plan.run.model.heads), setting="init_from")
     shapes, declared = source.weights.shapes, dict(tree.items(plan.declared))
     fits = {path: fit for path, fit in _fits(source, plan) if path in declared}
     fresh = [path for path in declared if path not in fits and _is_drawn(path, shapes.get(path), declared[path].shape)]
@@ -194,7 +194,8 @@ def _check_trained(plan: Plan, drawn: dict[str, str]) -> None:
 
 
 def _line(source: Source, taken: int, num: int, told: dict[str, str], left: list[str]) -> str:
-    text = f"init: {taken} of {num} tensors from {source.weights.path} ({source.kind})"
+    live = ", live weights" if source.which == "param" else ""
+    text = f"init: {taken} of {num} tensors from {source.weights.path} ({source.kind}{live})"
     if told:
         text += f"; fresh or fitted: {_grouped(list(told.values()))}"
     return text + (f"; left out: {_grouped(left)}" if left else "")

@@ -77,6 +77,25 @@ class Recorder:
         self.board.close()
 
 
+RESULTS = ("config.json", "metrics.jsonl", "tensorboard", "samples", "crashes", "ema.safetensors", "evaluation.json")
+
+
+def set_aside(out: Path) -> Path | None:
+    """Moves what a run left in ``out`` to ``out/abandoned_0001``, or the next number: another run starts there.
+
+    Returns the folder; None where there was nothing.
+    """
+    found = [path for name in RESULTS if (path := out / name).exists()]
+    if not found:
+        return None
+    taken = [int(path.name[10:]) for path in out.glob("abandoned_*") if path.name[10:].isdigit()]
+    aside = out / f"abandoned_{max(taken, default=0) + 1:04d}"
+    aside.mkdir()
+    for path in found:
+        path.rename(aside / path.name)
+    return aside
+
+
 class Silent:
     """The recorder of ranks that do not speak."""
 

@@ -13,7 +13,8 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,7 +179,8 @@ def begin(final: Path, temporary: Path, disk: Disk) -> str:
     make_folders(final.parent, disk)
     for name in sorted(os.listdir(final.parent)):
         if re.fullmatch(r"\.(step|abandoned_step)_\d+\.(tmp|old)", name):
-            remove_tree(final.parent / name, disk)
+            with contextlib.nullcontext() if name == temporary.name else _let_be(final.parent / name):
+                remove_tree(final.parent / name, disk)
     if is_whole(final):
         return "there"
     disk.make_folder(temporary)
@@ -220,7 +222,19 @@ def _commit(job: Job, told: list[dict[str, Any]], temporary: Path, final: Path, 
     older = [folder_of(job.out, step, job.place) for step in steps(job.out, job.place) if step <= job.step]
     kept = [folder for folder in older if is_whole(folder)]
     for folder in kept[: -job.keep]:
-        delete(folder, disk)
+        with _let_be(folder):
+            delete(folder, disk)
+
+
+@contextlib.contextmanager
+def _let_be(folder: Path) -> Iterator[None]:
+    """What cannot be deleted, as where a reader holds it open over NFS, costs no new checkpoint: the next save tries
+    again."""
+    try:
+        yield
+    except OSError as error:
+        told = error.strerror or error
+        print(f"{folder} cannot be deleted ({told}) and stays for now", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- the folders

@@ -122,6 +122,10 @@ def open_source(
         raise CheckpointError(
             f"{setting} {path} is the folder of a run: give {path / 'ema.safetensors'}, or one of its checkpoints"
         )
+    if path.is_dir() and (found := checkpoint.steps(path)):
+        raise CheckpointError(
+            f"{setting} {path} is the folder of a run that has not ended: give {checkpoint.folder_of(path, found[-1])}"
+        )
     if (path / checkpoint.MANIFEST).exists() or path.suffix == ".safetensors":
         return _own(path, which)
     try:

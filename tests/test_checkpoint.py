@@ -145,6 +145,19 @@ def test_weights_file(saved, tmp_path):
         checkpoint.read_about(tmp_path / "bad.safetensors")
 
 
+def test_a_weights_file_on_a_full_disk(saved, tmp_path):
+    class Full(Disk):
+        def write(self, handle, data):
+            raise OSError(28, "No space left on device")
+
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(
+        StorageError, match=r"w\.safetensors cannot be written \(ENOSPC.*\d+ bytes are needed, \d+ are free"
+    ):
+        checkpoint.save_weights(path, state_of(saved[0]).ema, {"step": 7}, disk=Full())
+    assert not list(tmp_path.glob("*w.safetensors*"))
+
+
 def test_a_flipped_bit_in_a_weights_file_is_refused(saved, tmp_path):
     """Anywhere: of data by file and tensor, even where a box of it is read; of the header whatever it hits."""
     plan, _ = saved

@@ -1,6 +1,7 @@
 """Order, reading, bad samples, workers: what a batch holds is a function of (key, step) and the data alone."""
 
 import ast
+import io
 import itertools
 import math
 import multiprocessing
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from odit import data, metrics, random
-from odit.data import folder, loader
+from odit.data import folder, loader, pictures
 from odit.data.dataset import READ_KEY, sample_ids, split
 
 KEY = random.key(5)
@@ -226,6 +227,48 @@ def test_workers_change_nothing(tmp_path):
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+class Broken(Numbers):
+    """Cannot be read; one of its errors cannot be pickled."""
+
+    def __init__(self, kind: str):
+        super().__init__(9)
+        self.kind = kind
+
+    def read(self, ids, key=READ_KEY):
+        class Local(Exception):
+            pass
+
+        raise {"data": data.DataError, "key": KeyError, "local": Local}[self.kind]("shard 3 cannot be read")
+
+
+@pytest.mark.parametrize(
+    "kind, told",
+    [("data", "^shard 3 cannot be read$"), ("key", "^'shard 3"), ("local", "^Local: shard 3 cannot be read$")],
+)
+def test_an_error_in_a_worker_is_raised_as_it_is_and_keeps_no_process(kind, told):
+    """Python waits at its end for processes that are there, for ever: these do not heed its SIGTERM."""
+    others = set(multiprocessing.active_children())
+    batches = loader.batches(Broken(kind), KEY, global_batch=2, stop=9, workers=1)
+    with pytest.raises({"data": data.DataError, "key": KeyError, "local": RuntimeError}[kind], match=told) as found:
+        next(batches)
+    assert set(multiprocessing.active_children()) == others, found
+    assert "in a data worker" in str(found.value.__cause__) and "def read" not in str(found.value)
+
+
+def test_a_killed_worker_ends_the_others():
+    """Said where its next batch is waited for, or by PyTorch's signal handler wherever the program is."""
+    others = set(multiprocessing.active_children())
+    batches = loader.batches(Numbers(9), KEY, global_batch=2, stop=10**6, workers=2)
+    next(batches)
+    (one, _) = set(multiprocessing.active_children()) - others
+    with pytest.raises((data.DataError, RuntimeError), match="killed") as found:
+        one.kill()
+        for _ in batches:
+            pass
+    batches.close()
+    assert set(multiprocessing.active_children()) == others, found
+
+
 # Folders
 
 
@@ -256,6 +299,17 @@ def test_folder_of_classes(tmp_path):
     assert x.dtype == torch.float32 and x.shape == (13, 3, 8, 8) and y.tolist() == [0] * 4 + [1] * 4 + [2] * 5
     assert x.min() >= -1 and x.max() <= 1
     assert torch.equal(x[1], folder.read_picture(tmp_path / "ape" / "004.bmp", 8))
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_size_in_a_header_is_that_of_the_picture_as_it_is_shown(kind, orientation):
+    """Of a turned TIFF Pillow tells the size of what is shown, of others that of what is stored."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    picture(0, 20, 10).save(file, kind, exif=exif)
+    shown = pictures.to_rgb(Image.open(file)).size[::-1]
+    assert pictures.picture_size("a", file) == shown == ((10, 20) if orientation == 1 else (20, 10))
 
 
 def test_flat_folder_has_no_classes(tmp_path):

@@ -202,6 +202,8 @@ def test_refused_weights(tmp_path, case):
 SETTINGS = {
     "no weights": (dict(train=("final.*",)), "finetune.train is set but nothing is fine-tuned: give weights with"),
     "no weights, adapters": (dict(lora_rank=4), "finetune.lora_rank is set but nothing"),
+    "no weights, strict": (dict(strict=True), "finetune.strict is set but nothing"),
+    "targets alone": (dict(lora_targets=("qkv",)), "lora_targets is qkv but finetune.lora_rank is 0"),
     "alpha alone": (dict(lora_alpha=4.0), "lora_alpha is 4.0 but finetune.lora_rank is 0"),
     "rank": (dict(lora_rank=-1), "lora_rank is -1: use 1 or more"),
     "all and more": (dict(train=("all", "final.*")), "use all alone"),

@@ -90,6 +90,7 @@ WRONG = [
     (dict(parallel=Parallel(offload="auto", zero=3), device="cpu"), "parallel.offload", "auto", "leave it out"),
     (dict(parallel=Parallel(memory_gib=24.0)), "parallel.memory_gib", "24.0", "use --parallel.offload auto"),
     (dict(parallel=Parallel(offload="auto", zero=3, memory_gib=-1.0)), "parallel.memory_gib", "-1.0", "positive"),
+    (dict(grad_norms=True, data=data.Config("digits", held_out=0.0)), "grad_norms", "data.held_out 0", "use 0.1"),
     (dict(grad_norms=True, parallel=Parallel(zero=3)), "grad_norms", "parallel.zero 3", "2 or less"),
     (dict(parallel=Parallel(sequence="ring")), "parallel.sequence ring", "sp is 1", "--parallel.sp 2"),
     (dict(kernels="fused"), "kernels", "fused", "auto or reference"),

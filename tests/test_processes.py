@@ -602,6 +602,19 @@ def test_who_ends_a_process_waits_for_the_one_that_tells_its_end(tmp_path, monke
     first.join()
 
 
+def test_ranks_that_are_no_more_tell_nothing(tmp_path):
+    """Two ranks were stopped, one goes on."""
+    for rank in range(2):
+        health.Exit.keep(tmp_path, rank, 2)
+        health.Exit.tell(75)
+    health.Exit.keep(tmp_path, 1, 2)
+    assert [path.name for path in (tmp_path / "exit").iterdir()] == ["00000.json"]
+    health.Exit.tell(75)
+    health.Exit.keep(tmp_path, 0, 1)
+    health.Exit.tell(0)
+    assert exits(tmp_path) == [{"code": 0, "reason": ""}]
+
+
 def test_a_second_signal_ends_a_process_at_once(tmp_path):
     code = (
         "import os, signal, time\nfrom odit import health\n"

@@ -12,7 +12,7 @@ import torch
 from conftest import script
 from safetensors.torch import load_file
 
-from odit import config, data, health, optim, record
+from odit import checkpoint, config, data, health, optim, plan, record
 from odit.config_json import from_json
 from odit.health import CheckpointError, NumericError
 
@@ -138,6 +138,55 @@ def test_a_finished_run_makes_up_for_what_is_missing_at_its_end(tiny):
     assert (tiny.out / "ema.safetensors").exists()
 
 
+def test_what_an_earlier_end_left_does_not_finish_a_longer_run(tiny, monkeypatch, capsys):
+    """Killed after the last checkpoint and before the weights file; and before its judgement."""
+    run = variant(tiny, evaluate=True, optimizer=dataclasses.replace(tiny.optimizer, decay="none"))
+    judge = iter([{"class_accuracy": 10.0}])
+    monkeypatch.setattr(train_script.evaluate, "evaluate", lambda *args, **settings: next(judge))
+    monkeypatch.setattr(train_script.evaluate, "report", lambda found: f"accuracy {found['class_accuracy']}")
+    train_script.main(variant(run, steps=2))
+    with monkeypatch.context() as cut:
+        cut.setattr(train_script, "finish", lambda *args: None)
+        train_script.main(variant(run, steps=4, resume="latest"))
+    with pytest.raises(StopIteration):
+        train_script.main(variant(run, steps=4, resume="latest"))
+    assert checkpoint.read_about(tiny.out / "ema.safetensors")["step"] == 4
+    judge = iter([{"class_accuracy": 30.0}])
+    train_script.main(variant(run, steps=4, resume="latest"))
+    assert json.loads((tiny.out / "evaluation.json").read_text()) == {"step": 4, "class_accuracy": 30.0}
+    capsys.readouterr()
+    train_script.main(variant(run, steps=4, resume="latest"))
+    assert "already at step 4 of 4: nothing to do" in capsys.readouterr().out
+
+
+def test_the_last_step_of_another_run_is_an_end_elsewhere_too(twice):
+    first, second = (variant(run, steps=2) for run in twice)
+    train_script.main(first)
+    train_script.main(variant(second, resume=str(first.out / "checkpoints" / "step_00000002")))
+    assert same_tensors(state(first.out, 2), state(second.out, 2))
+    assert load_file(second.out / "ema.safetensors").keys() == load_file(first.out / "ema.safetensors").keys()
+    assert [line["step"] for line in metrics(second.out)] == [2] and (second.out / "samples/step_00000002.png").exists()
+
+
+def test_a_new_run_in_a_folder_without_checkpoints_sets_aside_what_is_there(twice, capsys):
+    """Of a run that ended before its first one, it would pass for the new one's: curves, crashes, weights."""
+    first, second = twice
+    broken = dataclasses.replace(first.optimizer, lr=1e30, warmup=0, clip=0.0)
+    with pytest.raises(NumericError):
+        train_script.main(variant(first, optimizer=broken))
+    with pytest.raises(NumericError):
+        train_script.main(variant(first, optimizer=broken, seed=1))
+    assert f"what an earlier run left in {first.out} is in {first.out}/abandoned_0001 now" in capsys.readouterr().out
+    for folder, seed in ((first.out / "abandoned_0001", 0), (first.out, 1)):
+        told = [json.loads(file.read_text()) for file in sorted(folder.glob("crashes/*/crash.json"))]
+        assert [found["config"]["seed"] for found in told] == [seed] * first.crashes
+        assert len(list((folder / "tensorboard").iterdir())) == 1
+    train_script.main(variant(second, steps=1))
+    train_script.main(variant(second, out=first.out, steps=2, resume=None))
+    assert metrics(first.out)[0]["step"] == 1 and (first.out / "abandoned_0002").is_dir()
+    assert not (first.out / "crashes").exists()
+
+
 def test_resuming_on_other_data_is_refused(tiny):
     train_script.main(variant(tiny, steps=4, stop_at=1))
     other = data.Config(source="digits", held_out=0.3)
@@ -166,6 +215,28 @@ def test_init_from_starts_at_those_weights(twice):
         for name, w in weights.items():
             assert (started[name] - w).abs().max() < 1e-6
             assert (started[name.replace("ema/", "param/")] - w).abs().max() < 1e-6
+
+
+def test_init_from_takes_a_file_of_live_weights(tiny, capsys):
+    """There are no other ones in it, and no setting to ask for them by."""
+    train_script.main(variant(tiny, steps=2))
+    composed = plan.make(tiny, data.open_dataset(tiny.data))
+    live = checkpoint.load_weights(tiny.out / "checkpoints" / "step_00000002", composed, "param")
+    told = checkpoint.read_about(tiny.out / "ema.safetensors")
+    checkpoint.save_weights(tiny.out / "live.safetensors", live, told, "param")
+    run = variant(tiny, out=tiny.out / "b", steps=1, init_from=tiny.out / "live.safetensors")
+    slow = dataclasses.replace(tiny.optimizer, lr=1e-12, warmup=0)
+    train_script.main(variant(run, optimizer=slow))
+    assert "live.safetensors (step 2, live weights)" in capsys.readouterr().out
+    for name, w in load_file(tiny.out / "live.safetensors").items():
+        assert (state(run.out, 1)[name] - w).abs().max() < 1e-6
+
+
+def test_the_folder_of_a_run_that_has_not_ended_names_its_checkpoint(tiny):
+    train_script.main(variant(tiny, steps=2, stop_at=1))
+    told = f"init_from {tiny.out} is the folder of a run that has not ended: give {tiny.out}/checkpoints/step_00000001"
+    with pytest.raises(CheckpointError, match=told):
+        train_script.main(variant(tiny, out=tiny.out / "b", init_from=tiny.out))
 
 
 def test_ten_bad_steps_in_a_row_end_the_run(tiny, monkeypatch):

@@ -9,7 +9,10 @@ Where sizes are mixed, ``buckets.Schedule`` says which samples a step has, and s
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import pickle
 import signal
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -177,6 +180,13 @@ def list_bad(bad: dict[str, str], num_read: int, bad_budget: float) -> str:
     )
 
 
+class _Failed(NamedTuple):
+    """What a worker met, as a value, so that it is raised in the trainer with its own type and sentence."""
+
+    error: Exception
+    stack: str
+
+
 class _Shares(torch.utils.data.Dataset):
     """Lets a DataLoader's workers call ``read``: the index is a share."""
 
@@ -184,11 +194,25 @@ class _Shares(torch.utils.data.Dataset):
         self.read = read
 
     def __getitem__(self, share: Any) -> Any:
-        return self.read(share)
+        try:
+            return self.read(share)
+        except Exception as error:
+            return _Failed(_picklable(error), f"in a data worker:\n{traceback.format_exc()}")
+
+
+def _picklable(error: Exception) -> Exception:
+    """The error, or where it does not survive the way to another process, its words."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) -> Iterator[Any]:
-    """Yields what ``read``, picklable, makes of each share, in their order, by processes that run ahead."""
+    """Yields what ``read``, picklable, makes of each share, in their order, by processes that run ahead.
+
+    What ``read`` raises is raised here. Closing the iterator ends its processes.
+    """
     # spawn: a fork after CUDA or gloo threads have started is not safe.
     loader = torch.utils.data.DataLoader(
         _Shares(read),
@@ -202,7 +226,33 @@ def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) 
         timeout=WORKER_TIMEOUT_S,
         generator=torch.Generator(),  # else it draws a seed from the global generator
     )
-    return iter(loader)  # dropping the iterator ends its workers
+    others = set(multiprocessing.active_children())
+    ahead = iter(loader)
+    started = [process for process in multiprocessing.active_children() if process not in others]
+    try:
+        while (made := _next(ahead)) is not _END:
+            if isinstance(made, _Failed):
+                raise made.error from RuntimeError(made.stack)
+            yield made
+    finally:
+        del ahead  # asks its processes to leave
+        for process in started:
+            process.kill()  # Python would wait for one that is busy, and they do not heed its SIGTERM
+            process.join()
+
+
+_END = object()
+
+
+def _next(ahead: Iterator[Any]) -> Any:
+    """The next one, or ``_END``; an error of the iterator's own as a value: its traceback would keep the iterator."""
+    try:
+        return next(ahead)
+    except StopIteration:
+        return _END
+    except (RuntimeError, OSError, EOFError) as error:
+        told = f"a process that reads data was killed, or took more than {WORKER_TIMEOUT_S} s ({str(error).strip()})"
+        return _Failed(DataError(f"{told}: with too little memory use fewer --data.workers"), traceback.format_exc())
 
 
 def _same(reading: Any) -> Any:

@@ -62,6 +62,8 @@ def picture_size(name: str, file: IO[bytes] | Path) -> tuple[int, int]:
     with _opened(name, file) as picture:
         try:
             turned = picture.getexif().get(0x0112) in (5, 6, 7, 8)
+            if picture.format == "TIFF" and turned:  # Pillow may have turned its size already
+                turned = picture.size == (picture.tag_v2[256], picture.tag_v2[257])
         except Exception as error:
             raise BadSample(name, f"cannot be decoded ({error})") from None
         return picture.size if turned else picture.size[::-1]
