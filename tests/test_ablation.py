@@ -197,11 +197,38 @@ def test_cells_that_cannot_run_are_left_out_with_the_reason():
         ({"axes": (values("optimizer.rl", 1),)}, "optimizer.rl is no setting of this version: use one of lr"),
         ({"axes": (values("seed.lr", 1),)}, "seed has no parts"),
         ({"axes": (values("optimizer.lr", "x"),)}, "optimizer.lr is 'x'"),
+        ({"axes": (values("seed", 3, 6),)}, r"axis 'seed' changes seed, .*: use seeds=\(3, 6\)"),
+        ({"axes": (values("out", "a", "b"),)}, "axis 'out' changes out, which each trial sets: use ablate.py's --out"),
+        ({"settings": {"seed": 7}}, r"settings have seed, which each trial sets: use seeds=\(7,\)"),
+        ({"settings": {"resume": "latest"}}, "settings have resume, .*: leave it out"),
+        ({"axes": (RATES, variants("b", {"x": {"optimizer.lr": 3}}))}, "optimizer.lr is in two axes: 'rate' and 'b'"),
+        ({"axes": (RATES, variants("b", {"x": {"optimizer": {}}}))}, "optimizer is in two axes: 'rate' and 'b'"),
+        ({"axes": RATES}, r"the grid's axes is Axis\(.*comma included"),
+        ({"axes": (ablation.Axis("a", RATES.choices[0]),)}, "axis 'a' has choices of another kind"),
+        ({"axes": (ablation.Axis("a", (ablation.Choice("x", 3),)),)}, "axis 'a' has choices of another kind"),
+        ({"metrics": ("loss")}, r"the grid's metrics is 'loss' \(str\): use a tuple"),
+        ({"seeds": 3}, r"the grid's seeds is 3 \(int\): use a tuple of integers such as \(0, 1\)"),
+        ({"ranks": 0}, r"the grid's ranks is 0 \(int\): use 1 or more"),
+        ({"judged": 19}, r"the grid's judged is 19 \(int\): use None, or 20 or more"),
+        ({"settings": ("steps", 3)}, "the grid's settings is .*: use a dict"),
+        ({"metrics": ("loss",)}, "the grid's judged is 20 but no metric needs it: leave it out"),
+        ({"preset": "dit-s-8"}, "no cell of the grid can run, the first because data.source is synthetic.*no judge"),
     ],
 )
 def test_a_grid_without_meaning_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         trials(dataclasses.replace(GRID, **changes))
+
+
+def test_an_axis_goes_before_the_settings():
+    rates = [t.run.optimizer.lr for t in trials(dataclasses.replace(GRID, settings={"optimizer.lr": 9}, seeds=(0,)))[0]]
+    assert rates == [2, 2, 3, 3]
+
+
+def test_cells_without_a_judge_are_left_out():
+    axis = variants("data", {"digits": {}, "latents": {"data.source": "latents", "data.path": "x"}})
+    found, left_out = trials(dataclasses.replace(GRID, axes=(axis,)))
+    assert {t.cell for t in found} == {("digits",)} and "data.source is latents, which has no" in left_out["latents",]
 
 
 # ----------------------------------------------------------------------------------------------------------- what runs
