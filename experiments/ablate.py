@@ -7,8 +7,10 @@ same command goes on after a stop. Runs are normal ones under OUT/runs: ``tensor
 from __future__ import annotations
 
 import dataclasses
+import json
 import runpy
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +19,7 @@ import tyro
 
 from odit import ablation, health, media
 from odit.ablation import running, table
+from odit.ablation.grid import judged_metrics
 from odit.storage import whole, write_json
 
 
@@ -31,7 +34,7 @@ class Ablate:
     grids: Path | None = None
     """A Python file of your own whose GRIDS is {name: odit.ablation.Grid}, instead of the shipped ones."""
     list: bool = False
-    """Lists the grid's cells and what is left out, and runs nothing."""
+    """Lists the grid's cells, or those of the share, and what is left out, and runs nothing."""
     processes: int = 1
     """Runs at a time; numbers do not depend on it, times do."""
     shard: str = "1/1"
@@ -41,7 +44,7 @@ class Ablate:
     steps: int | None = None
     """Length of every run; the grid's own unless given."""
     judged: int | None = None
-    """Samples by which a run is judged, where the grid has a judge; the grid's own unless given."""
+    """Samples by which a run is judged, where a metric of the grid needs them; the grid's own unless given."""
     threads: int | None = None
     """CPU threads of each run, the grid's own (1) unless given; a run of another number may differ in its last bits."""
     plot: bool = True
@@ -52,6 +55,7 @@ def main(args: Ablate) -> None:
     """Finds the grid, completes it and writes its tables; failed runs are told last, and end it with an error."""
     grids = ablation.GRIDS if args.grids is None else own_grids(args.grids)
     if args.name is None:
+        check_nameless(args, grids)
         print("\n".join(f"{name}: {grid.about} {describe(grid)}" for name, grid in grids.items()))
         return
     if args.name not in grids:
@@ -62,18 +66,40 @@ def main(args: Ablate) -> None:
     grid = override(grids[args.name], args)
     trials, left_out = ablation.trials(grid)
     print("\n".join([f"{args.name}: {grid.about} {describe(grid)}", *told_left_out(left_out)]), flush=True)
+    keys = {trial.train_key for trial in trials}
+    shared = running.share(keys, part, parts)
+    mine = [trial for trial in trials if trial.train_key in shared]
+    if parts > 1:
+        few = f": use {len(keys)} shares or fewer" if not mine else ""
+        print(f"share {args.shard} has {len(shared)} of {len(keys)} training runs{few}", flush=True)
     if args.list:
-        print("\n".join(f"{t.train_key} {t.judge_key} {', '.join(t.cell)}, seed {t.run.seed}" for t in trials))
+        print("\n".join(f"{t.train_key} {t.judge_key} {', '.join(t.cell)}, seed {t.run.seed}" for t in mine))
         return
     if args.plot:
         media.check_plots("--no-plot")
     out = args.out or Path("runs") / f"ablate-{args.name}"
-    mine = running.share({trial.train_key for trial in trials}, part, parts)
-    failed = running.complete([trial for trial in trials if trial.train_key in mine], out, args.processes)
+    check_out(out, args.name)
+    failed = running.complete(mine, out, args.processes)
     write(args, grid, trials, left_out, out)
     if failed:
         lines = "\n".join(f"{name}: {reason}" for name, reason in failed.items())
         sys.exit(f"error: {len(failed)} of the runs failed; the same command tries them again\n{lines}")
+
+
+def check_nameless(args: Ablate, grids: dict[str, ablation.Grid]) -> None:
+    """Raises ValueError for an option that would be of no use, as no grid is named."""
+    for setting in dataclasses.fields(args):
+        if setting.name not in ("name", "grids", "list") and getattr(args, setting.name) != setting.default:
+            raise ValueError(f"{setting.name} is given without a grid: name one of {', '.join(grids)}")
+
+
+def check_out(out: Path, name: str) -> None:
+    """Raises ValueError for a folder whose table is another grid's, and for what is no folder."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out {out} is a file: use a folder")
+    path = out / "grid.json"
+    if path.exists() and (other := json.loads(path.read_text(encoding="utf-8")).get("name")) != name:
+        raise ValueError(f"out {out} holds the table of the grid {other!r}: use another --out for {name!r}")
 
 
 def write(args: Ablate, grid: ablation.Grid, trials, left_out, out: Path) -> None:
@@ -100,13 +126,13 @@ def override(grid: ablation.Grid, args: Ablate) -> ablation.Grid:
     taken = {key for axis in grid.axes for choice in axis.choices for key in choice.settings}
     if clash := sorted(taken & given.keys()):
         raise ValueError(f"{clash[0]} is given, but it is an axis of the grid {args.name}: leave it out")
-    if args.judged is not None and grid.judged is None:
+    if args.judged is not None and not judged_metrics(grid):
         raise ValueError(f"judged is {args.judged}, but the grid {args.name} has no judge: leave it out")
     return dataclasses.replace(
         grid,
         settings={**grid.settings, **given},
         seeds=args.seeds or grid.seeds,
-        judged=args.judged or grid.judged,
+        judged=grid.judged if args.judged is None else args.judged,
     )
 
 
@@ -124,9 +150,17 @@ def told_left_out(left_out: dict[tuple[str, ...], str]) -> list[str]:
 
 
 def own_grids(path: Path) -> dict[str, ablation.Grid]:
-    """The grids that a Python file defines."""
-    found = runpy.run_path(str(path)).get("GRIDS")
-    if not isinstance(found, dict) or not all(isinstance(grid, ablation.Grid) for grid in found.values()):
+    """The grids that a Python file defines; raises ValueError with the file and what is wrong with it."""
+    if not path.is_file():
+        raise ValueError(f"grids {path} is {'no file' if path.exists() else 'not there'}: give a Python file of grids")
+    try:
+        found = runpy.run_path(str(path)).get("GRIDS")
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f" (line {lines[-1]})" if lines else ""  # a syntax error tells its own
+        why = " ".join(str(error).split())
+        raise ValueError(f"grids {path} cannot be read: {type(error).__name__}: {why}{where}") from error
+    if not isinstance(found, dict) or not found or not all(isinstance(g, ablation.Grid) for g in found.values()):
         raise ValueError(f"grids {path} defines no GRIDS of grids: write GRIDS = {{'name': odit.ablation.Grid(...)}}")
     return found
 

@@ -352,6 +352,10 @@ def of_grid(out):
         ({"processes": 0}, "processes is 0"),
         ({"name": "bare", "judged": 9}, "judged is 9, but the grid bare has no judge"),
         ({"name": "lengths", "steps": 9}, "steps is given, but it is an axis of the grid lengths"),
+        ({"judged": 0}, "judged is 0 .*20 or more"),
+        ({"name": None}, "out is given without a grid: name one of two, bare, lengths"),
+        ({"name": None, "out": None, "seeds": (1,)}, "seeds is given without a grid"),
+        ({"out": Path(__file__)}, "out .* is a file: use a folder"),
     ],
 )
 def test_a_command_line_without_meaning_is_refused(settings, words, own_grids, tmp_path):
@@ -359,6 +363,60 @@ def test_a_command_line_without_meaning_is_refused(settings, words, own_grids, t
     own_grids(two=GRID, bare=bare, lengths=dataclasses.replace(GRID, axes=(values("steps", 2, 3),)))
     with pytest.raises(ValueError, match=words):
         ablate.main(ablate.Ablate(**{"name": "two", "out": tmp_path, **settings}))
+
+
+def test_the_command_makes_up_for_a_judge_that_the_grid_lacks(own_grids, capsys):
+    own_grids(two=dataclasses.replace(GRID, judged=None))
+    ablate.main(ablate.Ablate("two", judged=20, list=True))
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        trial.judge_key for trial in trials(GRID)[0]
+    ]
+
+
+def test_a_share_is_listed_and_an_empty_one_says_so(own_grids, capsys):
+    own_grids(two=GRID)
+    keys = sorted({trial.train_key for trial in trials(GRID)[0]})
+    ablate.main(ablate.Ablate("two", shard="2/3", list=True))
+    told = capsys.readouterr().out.splitlines()[1:]
+    assert told[0] == "share 2/3 has 1 of 4 training runs" and {line.split()[0] for line in told[1:]} == {keys[1]}
+    ablate.main(ablate.Ablate("two", shard="5/5", list=True))
+    assert "share 5/5 has 0 of 4 training runs: use 4 shares or fewer" in capsys.readouterr().out
+
+
+def test_a_folder_of_another_grid_keeps_its_table(stand_in, own_grids, tmp_path):
+    own_grids(two=GRID, three=GRID)
+    before = command("two", tmp_path)
+    with pytest.raises(ValueError, match="holds the table of the grid 'two': use another --out for 'three'"):
+        command("three", tmp_path)
+    assert command("two", tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("x = 1\nimport nowhere_at_all", r"ModuleNotFoundError: No module named 'nowhere_at_all' \(line 2\)"),
+        ("GRIDS = {", r"SyntaxError: '\{' was never closed \(grids.py, line 1\)"),
+        ("from odit.ablation import *\nGRIDS = {'a': Grid('x', metric=3)}", r"TypeError: .*'metric' \(line 2\)"),
+        (
+            "from odit.ablation import *\nGRIDS = {'a': Grid('x', (), (), seeds=3)}",
+            r"ValueError: .*seeds is 3 .*line 2",
+        ),
+        ("GRIDS = {}", "defines no GRIDS of grids"),
+        ("", "defines no GRIDS of grids"),
+    ],
+)
+def test_files_of_grids_that_cannot_be_read(content, words, tmp_path):
+    path = tmp_path / "grids.py"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"^grids .*grids.py .*{words}") as caught:
+        ablate.main(ablate.Ablate(grids=path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_place_without_a_file_of_grids(tmp_path):
+    for path, words in ((tmp_path, "is no file"), (tmp_path / "gone.py", "gone.py is not there: give a Python file")):
+        with pytest.raises(ValueError, match=words):
+            ablate.main(ablate.Ablate(grids=path))
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_runs(stand_in, own_grids, tmp_path, monkeypatch):
