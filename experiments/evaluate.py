@@ -136,6 +136,9 @@ def check(args: Evaluate) -> None:
         raise ValueError(f"num is {args.num}: a Frechet distance needs more samples, use 20 or more (1000 is usual)")
     if args.batch < 1:
         raise ValueError(f"batch is {args.batch}: use 1 or more")
+    for name, file in (("out", "figures.json"), ("samples_out", "samples.npz"), ("statistics_out", "statistics.npz")):
+        if (path := getattr(args, name)) is not None and path.is_dir():
+            raise ValueError(f"{name} {path} is a folder: use a file such as {path / file}")
     if (args.checkpoint is None) == (args.samples is None):
         told = "neither checkpoint nor samples is given" if args.samples is None else "checkpoint and samples are given"
         raise ValueError(f"{told}: give --checkpoint to draw samples, or --samples where they are there")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,18 +50,18 @@ class Plan:
 
 def main(args: Plan) -> None:
     """Forecasts, prints and writes."""
-    for name in ("gpus", "node", "most"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}: use 1 or more")
+    check(args)
     machine = rates.load(args.machine)
     run = dataclasses.replace(
         preset(args.preset), precision=args.precision, deterministic=args.deterministic, evaluate=False
     )
-    run = dataclasses.replace(run, global_batch=args.global_batch or run.global_batch)
+    if args.global_batch is not None:
+        run = dataclasses.replace(run, global_batch=args.global_batch)
     shape = checks.expected_shape(run)
     if shape is None:
         raise ValueError(f"preset is {args.preset}, whose shapes an encoder decides: use one without encoders")
-    cluster = Cluster(args.gpus, args.memory_gib or machine.memory_gib, machine, args.link, args.node)
+    memory_gib = machine.memory_gib if args.memory_gib is None else args.memory_gib
+    cluster = Cluster(args.gpus, memory_gib, machine, args.link, args.node)
     found, refused = forecast.forecast(run, shape, cluster)
     print(forecast.describe(args.preset, found, refused, cluster, args.most))
     if args.out is not None:
@@ -69,6 +70,17 @@ def main(args: Plan) -> None:
         asked = {name: value for name, value in vars(args).items() if name != "out"}
         about = {"asked": asked, "memory_gib": cluster.memory_gib, "assumed": forecast.assumed(cluster)}
         args.out.write_text(json.dumps({**about, "refused": refused, "layouts": rows}, indent=1) + "\n")
+
+
+def check(args: Plan) -> None:
+    """Raises ValueError for numbers without meaning, and for a place that cannot be written."""
+    for name in ("gpus", "global_batch", "node", "most"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"{name} is {value}: use 1 or more")
+    if args.memory_gib is not None and not 0 < args.memory_gib < math.inf:
+        raise ValueError(f"memory_gib is {args.memory_gib}: use a number of GiB above 0, such as 80")
+    if args.out is not None and args.out.is_dir():
+        raise ValueError(f"out {args.out} is a folder: use a file such as {args.out / 'plan.json'}")
 
 
 if __name__ == "__main__":

@@ -200,6 +200,24 @@ def test_the_script_tells_what_fits(tmp_path, capsys):
     assert "too close to tell, so many GiB are missing" in printed and "too large, by so many GiB" in printed
 
 
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"global_batch": 0}, "global_batch is 0: use 1 or more"),
+        ({"memory_gib": 0.0}, "memory_gib is 0.0: use a number of GiB above 0"),
+        ({"memory_gib": -1.0}, "memory_gib is -1.0: use"),
+        ({"memory_gib": float("nan")}, "memory_gib is nan: use"),
+        ({"memory_gib": float("inf")}, "memory_gib is inf: use"),
+        ({"out": Path("/")}, "out / is a folder: use a file such as /plan.json"),
+    ],
+)
+def test_a_plan_of_numbers_without_meaning_is_refused(changes, words, capsys):
+    script = conftest.script("plan")
+    with pytest.raises(ValueError, match=words):
+        script.main(script.Plan("dit-s-8", gpus=1, **changes))
+    assert not capsys.readouterr().out
+
+
 def test_edges_of_memory_are_tried_on_both_sides():
     gib = {}
 
