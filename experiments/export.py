@@ -23,9 +23,11 @@ from odit.convert.diffusers import NULL
 from odit.encoders import frozen, vae
 from odit.front import Front
 from odit.health import CheckpointError
+from odit.manifest import MANIFEST
 from odit.source import Foreign, Source
 
 KEPT = ("step", "seed", "global_batch", "samples", "shape", "data", "encoders", "class_names", "versions")
+OF_RUNS = ("metrics.jsonl", "checkpoints", MANIFEST)  # what tells that a folder is a run's or a checkpoint's
 LATENTS = ("synthetic", "latents")  # sources of latents, whatever encoders are told
 
 
@@ -83,12 +85,16 @@ def main(args: Export) -> None:
 
 
 def check_out(args: Export) -> None:
-    """Refuses settings that do not go together, and a folder that holds something."""
+    """Refuses settings that do not go together, a folder that holds something, and a run's own file."""
     suffix = {"odit": ".safetensors", "dit": ".pt", "diffusers": ""}[args.to]
     if suffix and args.out.suffix != suffix:
         raise ValueError(f"out is {args.out} but --to {args.to} writes a {suffix} file: use {args.out.stem}{suffix}")
     if (args.out.is_dir() and (suffix or any(args.out.iterdir()))) or (not suffix and args.out.is_file()):
         raise ValueError(f"out {args.out} is there already: use another --out, or remove it")
+    if args.out.is_file() and (found := [name for name in OF_RUNS if (args.out.parent / name).exists()]):
+        raise ValueError(f"out {args.out} is a run's own, as {found[0]} is beside it: use another --out")
+    if args.out.is_file() and args.checkpoint.exists() and args.out.samefile(args.checkpoint):
+        raise ValueError(f"out {args.out} is the checkpoint itself: use another --out")
     if args.vae_path is not None and args.to != "diffusers":
         raise ValueError(f"vae_path is given but --to {args.to} has no place for it: leave it out")
 

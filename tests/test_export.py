@@ -347,6 +347,29 @@ def test_settings_that_do_not_go_together(vae, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("beside", ["metrics.jsonl", "manifest.json", None])
+def test_files_of_runs_are_not_written_over(beside, tmp_path):
+    saved(tmp_path / "a.safetensors", run_of())
+    out = tmp_path / ("b/ema.safetensors" if beside else "a.safetensors")
+    out.parent.mkdir(exist_ok=True)
+    if beside:
+        (out.parent / beside).touch()
+        out.write_text("theirs")
+    before = out.read_bytes()
+    words = f"is a run's own, as {beside} is beside it" if beside else "is the checkpoint itself"
+    with pytest.raises(ValueError, match=f"out .* {words}: use another --out"):
+        exported(tmp_path / "a.safetensors", out)
+    assert out.read_bytes() == before
+
+
+def test_an_export_may_be_made_anew_and_beside_a_run(tmp_path):
+    saved(tmp_path / "a.safetensors", run_of())
+    for out in ("b.safetensors", "b.safetensors"):
+        exported(tmp_path / "a.safetensors", tmp_path / out)
+    (tmp_path / "metrics.jsonl").touch()
+    exported(tmp_path / "a.safetensors", tmp_path / "c.safetensors")
+
+
 def test_pixels_have_no_pipeline_but_a_transformer(tmp_path, capsys):
     run = EPS_DIGITS
     params = saved(tmp_path / "a.safetensors", run, Shape(1, 8, 10, outputs=2))
