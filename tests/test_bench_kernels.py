@@ -1,12 +1,13 @@
 """The benchmark of kernels runs, in the interpreter: its rows, not its times."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from odit.bench import kernels, optimizer, rates, table
+from odit.bench import kernels, optimizer, rates, sequence, table, zero
 
 pytest.importorskip("triton")
 
@@ -49,3 +50,46 @@ def test_the_tables_of_the_readme_are_those_of_the_rows(name, kinds):
     rows = [json.loads(line) for line in (root / "docs" / f"{name}.jsonl").read_text().splitlines()]
     found = table.markdown(rows)
     assert found.count("---\n") + found.count("--- |\n") == kinds and found in (root / "README.md").read_text()
+
+
+@pytest.mark.parametrize("content", ["", "other words", '{"name": "x"}', "{\n}"])
+def test_files_without_a_table_are_refused(content, tmp_path):
+    (tmp_path / "rows").write_text(content)
+    with pytest.raises(ValueError, match=r"rows (has [01] rows, none of a kind with a table|line 1 is no whole row)"):
+        table.table(table.Table(tmp_path / "rows"))
+
+
+def test_a_table_of_a_file_that_is_not_there_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(ValueError, match=rf"path {path} is no file: give one of rows"):
+            table.table(table.Table(path))
+
+
+def test_words_of_stages():
+    found = {word: zero.parse(word) for word in (*zero.Zero.stages, "3+auto", "3+auto24", "2+auto1.5")}
+    assert found["0"] == (0, "none", None) and found["3+optimizer"] == (3, "optimizer", None)
+    assert (found["3+auto"], found["3+auto24"]) == ((3, "auto", None), (3, "auto", 24.0))
+    assert found["2+auto1.5"] == (2, "auto", 1.5)
+
+
+@pytest.mark.parametrize("word", ["7", "foo", "", "3+", "3+disk", "3+optimizer24", "3+autofew", "33"])
+def test_stages_that_are_none_are_refused_before_any_is_measured(word, capsys):
+    with pytest.raises(ValueError, match=rf"^stages has '{re.escape(word)}': use 0, 1, 2 or 3, alone or with"):
+        zero.zero(zero.Zero(preset="digits", batch=2, steps=1, warmup=0, stages=("0", word), device="cpu"))
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{"sp": (2, 0)}, {"lengths": (0,)}, {"frames": 0}, {"batch": -1}])
+def test_numbers_of_sequences_below_one_are_refused(changes):
+    with pytest.raises(ValueError, match=rf"^{next(iter(changes))} has (0|-1): use 1 or more"):
+        sequence.sequence(sequence.Sequence(**{"preset": "digits", "sp": (2,), "lengths": (16,), **changes}))
+
+
+@pytest.mark.parametrize("sp, length, frames", [(3, 16, 16), (2, 48, 3), (4, 12, 6)])
+def test_sequences_are_measured_where_shares_are_uneven(sp, length, frames, capsys):
+    sequence.sequence(sequence.Sequence("digits", sp=(sp,), lengths=(length,), frames=frames))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 6
+    for row in rows:
+        assert row["forward_elements"] == row["forward_formula"], row["name"]
+        assert row["backward_elements"] == row["backward_formula"], row["name"]

@@ -14,8 +14,8 @@ from odit.bench.common import preset
 from odit.models import dit, latte
 from odit.models.config import Config
 from odit.ops import flash
+from odit.parallel import collectives, recorder, spec
 from odit.parallel import mesh as meshes
-from odit.parallel import recorder, spec
 from odit.parallel import sequence as sequences
 from odit.parallel.place import Place
 
@@ -45,6 +45,9 @@ class Sequence:
 def sequence(cfg: Sequence) -> None:
     """Prints a row a length, degree and strategy."""
     model = preset(cfg.preset).model
+    for name, values in {"batch": (cfg.batch,), "sp": cfg.sp, "lengths": cfg.lengths, "frames": (cfg.frames,)}.items():
+        if wrong := [value for value in values if value < 1]:
+            raise ValueError(f"{name} has {wrong[0]}: use 1 or more")
     if odd := [length for length in cfg.lengths if length % cfg.frames]:
         raise ValueError(f"frames {cfg.frames} do not divide lengths {odd[0]}: use --frames 1, or another length")
     for length in cfg.lengths:
@@ -108,7 +111,7 @@ def measure_block(cfg: Sequence, model: Config, place: Place, name: str) -> dict
     shares = tree.map(lambda s, p: s.share_shape(p.shape), spec.specs(declared, n, False, n, place.claimed), declared)
     leaf = lambda shape: torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)  # noqa: E731
     params = tree.map(leaf, {"space": shares, "time": shares} if paired else shares)
-    tokens = (place.frames // n or 1, place.length // place.frames) if paired else (place.tokens[0],)
+    tokens = (collectives.shares(place.frames, n)[0], place.length // place.frames) if paired else (place.tokens[0],)
     x, c_BD = leaf((cfg.batch, *tokens, model.width)), leaf((cfg.batch, model.width))
     block = latte.make_pair(model, ops) if paired else dit.make_block(model, ops)
     with memory.Weigh([x, c_BD, *tree.leaves(params)]) as weigh:

@@ -35,7 +35,26 @@ class Table:
 
 def table(cfg: Table) -> None:
     """Prints the tables."""
-    print(markdown([json.loads(line) for line in cfg.path.read_text().splitlines() if line.startswith("{")]))
+    rows = read_rows(cfg.path)
+    if not (told := markdown(rows)):
+        raise ValueError(
+            f"path {cfg.path} has {len(rows)} rows, none of a kind with a table: give rows of {', '.join(KINDS)}"
+        )
+    print(told)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file; raises ValueError for a file that is not there or of other JSON."""
+    if not path.is_file():
+        raise ValueError(f"path {path} is no file: give one of rows, such as bench.py train prints")
+    found = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        if line.startswith("{"):
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"path {path} line {number} is no whole row: use one JSON object a line") from error
+    return found
 
 
 def markdown(rows: list[Row]) -> str:

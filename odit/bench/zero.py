@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +51,8 @@ class Zero:
 
 def zero(cfg: Zero) -> None:
     """Prints a row a layout: ms, samples/s, TFLOP/s, peak memory, bytes moved and exposed communication a rank."""
+    for layout in cfg.stages:
+        parse(layout)
     rank, world, _ = meshes.start(checks.pick_device(cfg.device))
     try:
         mesh = meshes.make_mesh(world, rank, None, 1)
@@ -110,11 +113,18 @@ def zero_row(cfg: Zero, layout: str, mesh: meshes.Mesh) -> dict[str, Any]:
     }
 
 
+def parse(layout: str) -> tuple[Any, Any, float | None]:
+    """'3+auto24' -> (3, 'auto', 24.0): the stage, what is offloaded and the budget in GiB."""
+    found = re.fullmatch(r"([0-3])(?:\+(optimizer|auto)((?<=auto)\d+(?:\.\d+)?)?)?", layout)
+    if found is None:
+        raise ValueError(f"stages has {layout!r}: use 0, 1, 2 or 3, alone or with +optimizer, +auto or +auto24 (GiB)")
+    stage, offload, gib = found.groups()
+    return int(stage), offload or "none", float(gib) if gib else None
+
+
 def zero_run(cfg: Zero, layout: str) -> config.Run:
     """The run of a layout such as 3+auto24."""
-    stage, _, moved = layout.partition("+")
-    gib = float(moved.removeprefix("auto")) if moved.startswith("auto") and moved != "auto" else None
-    offload = "auto" if moved.startswith("auto") else moved or "none"
+    stage, offload, gib = parse(layout)
     run = preset(cfg.preset)
     clip = run.optimizer.clip if cfg.clip is None else cfg.clip
     return dataclasses.replace(
@@ -128,7 +138,7 @@ def zero_run(cfg: Zero, layout: str) -> config.Run:
         optimizer=dataclasses.replace(run.optimizer, clip=clip),
         compile=cfg.compile,
         graphs=cfg.graphs,
-        parallel=config.Parallel(zero=int(stage), reduce=cfg.reduce, remat=cfg.remat, offload=offload, memory_gib=gib),
+        parallel=config.Parallel(zero=stage, reduce=cfg.reduce, remat=cfg.remat, offload=offload, memory_gib=gib),
     )
 
 
