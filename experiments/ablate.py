@@ -73,7 +73,8 @@ def main(args: Ablate) -> None:
         few = f": use {len(keys)} shares or fewer" if not mine else ""
         print(f"share {args.shard} has {len(shared)} of {len(keys)} training runs{few}", flush=True)
     if args.list:
-        print("\n".join(f"{t.train_key} {t.judge_key} {', '.join(t.cell)}, seed {t.run.seed}" for t in mine))
+        for t in mine:
+            print(f"{t.train_key} {t.judge_key} {', '.join(t.cell)}, seed {t.run.seed}")
         return
     if args.plot:
         media.check_plots("--no-plot")

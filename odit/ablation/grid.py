@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +87,7 @@ class Grid:
         """Raises ValueError for a field of the wrong kind, such as a tuple of one that lacks its comma."""
         for name, (fits, fix) in KINDS.items():
             if not fits(value := getattr(self, name)):
-                raise ValueError(f"the grid's {name} is {value!r} ({type(value).__name__}): use {fix}")
+                raise ValueError(f"the grid's {name} is {reprlib.repr(value)} ({type(value).__name__}): use {fix}")
         for axis in self.axes:
             if not _each(axis.choices, Choice) or not all(isinstance(c.settings, Mapping) for c in axis.choices):
                 raise ValueError(f"axis {axis.name!r} has choices of another kind: make it by values or variants")
