@@ -55,7 +55,8 @@ COMMIT = f"""    delete(final, disk)  # what has that name and is not whole
 PRUNE = """    older = [folder_of(job.out, step, job.place) for step in steps(job.out, job.place) if step <= job.step]
     kept = [folder for folder in older if is_whole(folder)]
     for folder in kept[: -job.keep]:
-        delete(folder, disk)
+        with _let_be(folder):
+            delete(folder, disk)
 """
 EARLY = PRUNE.replace("[: -job.keep]", "[: len(kept) - job.keep + 1]")
 HIDE = """    disk.rename(folder, doomed)
