@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from odit.bench import kernels, optimizer, rates, sequence, table, zero
+from odit.bench import kernels, optimizer, rates, sequence, table, train, zero
 
 pytest.importorskip("triton")
 
@@ -77,6 +77,13 @@ def test_stages_that_are_none_are_refused_before_any_is_measured(word, capsys):
     with pytest.raises(ValueError, match=rf"^stages has '{re.escape(word)}': use 0, 1, 2 or 3, alone or with"):
         zero.zero(zero.Zero(preset="digits", batch=2, steps=1, warmup=0, stages=("0", word), device="cpu"))
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("measure, cfg", [(zero.zero, zero.Zero), (train.train_rows, train.Train)])
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"warmup": -1}])
+def test_steps_without_a_measured_one_are_refused(measure, cfg, changes):
+    with pytest.raises(ValueError, match=r"^steps is \d+ and warmup -?\d+: use 1 or more measured steps"):
+        measure(cfg(preset="digits", **changes))
 
 
 @pytest.mark.parametrize("changes", [{"sp": (2, 0)}, {"lengths": (0,)}, {"frames": 0}, {"batch": -1}])

@@ -41,6 +41,14 @@ def preset(name: str) -> config.Run:
     return presets[name][1]
 
 
+def check_steps(steps: int, warmup: int) -> None:
+    """Raises ValueError where nothing would be measured."""
+    if steps < 1 or warmup < 0:
+        raise ValueError(
+            f"steps is {steps} and warmup {warmup}: use 1 or more measured steps, and 0 or more before them"
+        )
+
+
 def clear_peaks(device: torch.device) -> None:
     """Peaks of memory count from here."""
     gc.collect()  # a plan and its graphs refer to each other, and hold the memory of a step

@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from odit import config, data, models, plan, random, train
-from odit.bench.common import clear_peaks, device_name, now, peak, preset
+from odit.bench.common import check_steps, clear_peaks, device_name, now, peak, preset
 from odit.data import loader
 
 KERNELS = ("reference", "auto", "fused")
@@ -49,6 +49,7 @@ class Train:
 
 def train_rows(cfg: Train) -> None:
     """Prints a row a way: ms, samples/s, TFLOP/s (6 a multiply-accumulate of the model), peak memory, start, loss."""
+    check_steps(cfg.steps, cfg.warmup)
     for way in cfg.ways:
         run = run_of(cfg, way)
         about = {"name": "train", "preset": cfg.preset, "way": way, "batch": cfg.batch, "precision": cfg.precision}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from odit import checks, config, data, memory, models, plan, random, train
-from odit.bench.common import clear_peaks, device_name, now, peak, preset
+from odit.bench.common import check_steps, clear_peaks, device_name, now, peak, preset
 from odit.data import loader
 from odit.parallel import collectives, recorder
 from odit.parallel import mesh as meshes
@@ -51,6 +51,7 @@ class Zero:
 
 def zero(cfg: Zero) -> None:
     """Prints a row a layout: ms, samples/s, TFLOP/s, peak memory, bytes moved and exposed communication a rank."""
+    check_steps(cfg.steps, cfg.warmup)
     for layout in cfg.stages:
         parse(layout)
     rank, world, _ = meshes.start(checks.pick_device(cfg.device))
