@@ -164,10 +164,13 @@ def wanted(composed: plan.Plan, dataset: data.Dataset, broken: list[Path]) -> Pa
 
 def fresh(composed: plan.Plan, key: random.Key) -> train.TrainState:
     """Step 0, from a draw or from ``--init-from``."""
-    finetune.check(composed.run.finetune, composed.run.init_from is not None)  # there was nothing to resume
+    run = composed.run
+    finetune.check(run.finetune, run.init_from is not None)  # there was nothing to resume
     state = train.init_state(composed, key)
-    if composed.run.init_from is None:
+    if run.init_from is None:
         return state
+    if any(run.init_from.resolve().is_relative_to((run.out / name).resolve()) for name in record.RESULTS):
+        raise ValueError(f"init_from {run.init_from} is what this run would set aside in its out: use another --out")
     params, lines = initial.start(composed, state.params, key)
     say(composed, "\n".join(lines))
     return state._replace(params=params, ema=tree.map(torch.clone, params))
@@ -192,7 +195,7 @@ def loop(composed, dataset, state, key, recorder, stop, watch, saver, signals, m
         total=stop, initial=state.step, unit="step", disable=not run.progress or composed.mesh.rank > 0, mininterval=0.5
     )
     mark, mark_step, bad_streak = time.monotonic(), state.step, 0
-    if state.step == stop and not collectives.broadcast_object(composed.mesh.all, stop in checkpoint.steps(run.out)):
+    if state.step == stop and not checkpoint.on_rank_0(composed.mesh.all, lambda: stop in checkpoint.steps(run.out)):
         periodic(composed, dataset, state, recorder, stop, saver, measure)  # resumed from another run's last step
     watch.beat()
     try:

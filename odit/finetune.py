@@ -67,9 +67,9 @@ def check(cfg: Config, started: bool) -> None:
         raise ValueError("finetune.train is empty: use all, or patterns such as label.* final.*")
     if "all" in cfg.train and len(cfg.train) > 1:
         raise ValueError(f"finetune.train is {' '.join(cfg.train)}: use all alone, or patterns without it")
-    if not started and (cfg.lora_rank or cfg.train != EVERYTHING or cfg.strict):
-        what = "lora_rank" if cfg.lora_rank else "train" if cfg.train != EVERYTHING else "strict"
-        raise ValueError(f"finetune.{what} is set but nothing is fine-tuned: give weights with --init-from")
+    given = {"lora_rank": cfg.lora_rank, "train": cfg.train != EVERYTHING, "strict": cfg.strict}
+    if not started and (names := [name for name, value in given.items() if value]):
+        raise ValueError(f"finetune.{names[0]} is set but nothing is fine-tuned: give weights with --init-from")
 
 
 def trained(cfg: Config, declared: dict) -> tuple[bool, ...]:

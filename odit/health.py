@@ -88,9 +88,10 @@ class Exit:
         """From now on this process tells its end there; what earlier ones told goes, of ranks that are no more too."""
         storage.make_folders(out / "exit")
         cls.path = out / "exit" / f"{rank:05d}.json"
-        gone = [path for path in (out / "exit").glob("*.json") if rank == 0 and int(path.stem) >= world]
-        for path in [cls.path, *gone]:
-            path.unlink(missing_ok=True)
+        cls.path.unlink(missing_ok=True)
+        for path in (out / "exit").glob("*.json") if rank == 0 else ():
+            if path.name >= f"{world:05d}.json":
+                path.unlink(missing_ok=True)
 
     @classmethod
     def tell(cls, code: int, reason: str = "") -> None:

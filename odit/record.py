@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -88,8 +89,8 @@ def set_aside(out: Path) -> Path | None:
     found = [path for name in RESULTS if (path := out / name).exists()]
     if not found:
         return None
-    taken = [int(path.name[10:]) for path in out.glob("abandoned_*") if path.name[10:].isdigit()]
-    aside = out / f"abandoned_{max(taken, default=0) + 1:04d}"
+    numbered = (out / f"abandoned_{number:04d}" for number in itertools.count(1))
+    aside = next(folder for folder in numbered if not folder.exists())
     aside.mkdir()
     for path in found:
         path.rename(aside / path.name)

@@ -1,8 +1,10 @@
 """States of a few small leaves on any number of ranks, without processes: layouts are data, and ranks are threads."""
 
 import dataclasses
+import errno
 import functools
 import math
+import os
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +15,7 @@ from odit import config, optim, param, plan, saving, train, tree
 from odit.models import dit
 from odit.models.config import Shape
 from odit.parallel.mesh import Axis, single
-from odit.storage import DISK
+from odit.storage import DISK, Disk
 
 # Primes, a scalar, leaves smaller than the world, dims that strategies claim before and behind others, and plain ones.
 DECLARED = {
@@ -131,6 +133,13 @@ class Store:
             self.live -= 1
             if self.waiting == self.live:
                 self.stuck()
+
+
+class FullDisk(Disk):
+    """Takes not a byte."""
+
+    def write(self, handle, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def save(out: Path, step: int, world=1, disks=None, store=None, plans=None, **layout):

@@ -146,15 +146,11 @@ def test_weights_file(saved, tmp_path):
 
 
 def test_a_weights_file_on_a_full_disk(saved, tmp_path):
-    class Full(Disk):
-        def write(self, handle, data):
-            raise OSError(28, "No space left on device")
-
     path = tmp_path / "w.safetensors"
     with pytest.raises(
         StorageError, match=r"w\.safetensors cannot be written \(ENOSPC.*\d+ bytes are needed, \d+ are free"
     ):
-        checkpoint.save_weights(path, state_of(saved[0]).ema, {"step": 7}, disk=Full())
+        checkpoint.save_weights(path, state_of(saved[0]).ema, {"step": 7}, disk=states.FullDisk())
     assert not list(tmp_path.glob("*w.safetensors*"))
 
 

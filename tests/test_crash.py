@@ -11,6 +11,7 @@ import pytest
 import test_front
 import torch
 from conftest import redraw, script
+from states import FullDisk
 from test_precision import KEY, RUN, dataset, drawn_state, leaves_of, share_of
 
 from odit import checkpoint, config, crash, data, ops, plan, saving, train, tree
@@ -20,7 +21,7 @@ from odit.data import loader
 from odit.draws import draw
 from odit.health import CheckpointError, Damaged, NumericError
 from odit.parallel.mesh import single
-from odit.storage import Disk, StorageError
+from odit.storage import StorageError
 
 ROOT = Path(__file__).parent.parent
 
@@ -305,17 +306,12 @@ def composed_shape():
     return plan.make(RUN, dataset()).shape
 
 
-class Full(Disk):
-    def write(self, handle, data):
-        raise OSError(28, "No space left on device")
-
-
 def test_a_full_disk_keeps_nothing(tmp_path):
     composed = plan.make(run_at(tmp_path), dataset())
     metrics = {"loss": math.nan, "grad_norm": math.nan, "lr": 1.0, "draw_digest": "0", "bad": "loss", "bad_samples": {}}
     state, batch = drawn_state(composed)._replace(step=1), share_of(composed.run, 0, 0, 1)
     with pytest.raises(StorageError, match=r"crashes/step_00000001 cannot be written \(ENOSPC"):
-        crash.Keeper(composed, Full()).keep(state, batch, KEY, metrics, told_of(composed, state))
+        crash.Keeper(composed, FullDisk()).keep(state, batch, KEY, metrics, told_of(composed, state))
     assert not list((tmp_path / "crashes").iterdir())
 
 

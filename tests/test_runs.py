@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,17 @@ def test_init_from_takes_a_file_of_live_weights(tiny, capsys):
     assert "live.safetensors (step 2, live weights)" in capsys.readouterr().out
     for name, w in load_file(tiny.out / "live.safetensors").items():
         assert (state(run.out, 1)[name] - w).abs().max() < 1e-6
+
+
+def test_init_from_what_would_be_set_aside_is_refused(tiny):
+    """Other ranks may still read it when it is moved."""
+    train_script.main(variant(tiny, steps=1))
+    shutil.rmtree(tiny.out / "checkpoints")
+    with pytest.raises(
+        ValueError, match=r"init_from .*ema\.safetensors is what this run would set aside .* another --out"
+    ):
+        train_script.main(variant(tiny, steps=1, init_from=tiny.out / "ema.safetensors"))
+    assert (tiny.out / "ema.safetensors").exists()
 
 
 def test_the_folder_of_a_run_that_has_not_ended_names_its_checkpoint(tiny):

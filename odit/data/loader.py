@@ -226,7 +226,7 @@ def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) 
         timeout=WORKER_TIMEOUT_S,
         generator=torch.Generator(),  # else it draws a seed from the global generator
     )
-    others = set(multiprocessing.active_children())
+    others = set(multiprocessing.active_children())  # a DataLoader does not tell which processes are its own
     ahead = iter(loader)
     started = [process for process in multiprocessing.active_children() if process not in others]
     try:
