@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odit import checks, graphs, random, tree
+from odit import checks, graphs, models, random, tree
 from odit.config import Sampling
 from odit.data import BadSample, DataError, Dataset
 from odit.diffusion import guidance, solvers
@@ -62,6 +62,8 @@ def drawer(plan: Plan, params: tree.Tree) -> Callable[..., Callable[[Tensor], Te
     """
     with torch.no_grad():
         params, ops = plan.inference(params)
+        if plan.device.type == "cuda" and plan.layout.stage <= 1:  # stages 2 and 3 know their blocks' leaves
+            params = models.of(plan.run.model).stacked(params)
 
     def forward(x: Tensor, t_B: Tensor, y: tree.Tree) -> Tensor:
         return plan.forward(params, x, t_B, y, ops=ops)

@@ -371,6 +371,7 @@ def test_adapters_change_nothing_at_first(tmp_path):
     assert torch.equal(*outs) and outs[0].any()
     assert params["blocks"][1]["mlp"]["fc1"]["lora"]["a"].std() > 0.1
     assert "blocks.*.qkv.lora.a" in lines[0]
+    assert models.of(MODEL).stacked(working) is working  # whose adaLN layers have adapters of their own
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 on a GPU."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import redraw
 from odit import checks, data, footprint, graphs, plan, random, sample, train, tree
 from odit.config import Guidance, Parallel, Sampling
 from odit.data import loader
+from odit.models import dit
 
 KEY = random.key(2)
 
@@ -173,3 +175,17 @@ def test_pictures_are_those_without_graphs(make_plan, tiny, precision, solver, s
     found = sample.sample(run, params, labels, KEY, sampling=few, batch=4)
     monkeypatch.setattr(graphs, "captured", lambda fn: fn)
     assert torch.equal(found, sample.sample(run, params, labels, KEY, sampling=few, batch=4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage, one", [(0, True), (1, True), (2, False), (3, False)])
+def test_pictures_of_modulations_by_one_product(make_plan, tiny, stage, one, monkeypatch):
+    run = make_plan(tiny, device="cuda", parallel=Parallel(zero=stage))
+    params = tree.map(lambda x: x.cuda(), redraw(run.declared, dtype=torch.float32))
+    draw = functools.partial(sample.sample, run, params, torch.arange(7) % 10, KEY)
+    stacked, seen = dit.stacked, []
+    monkeypatch.setattr(dit, "stacked", lambda params: seen.append("blocks" in params) or stacked(params))
+    found = draw()
+    assert seen == [True] * one
+    monkeypatch.setattr(dit, "stacked", lambda params: params)
+    torch.testing.assert_close(found, draw(), rtol=1e-4, atol=1e-4)

@@ -481,12 +481,24 @@ each_model = pytest.mark.parametrize(
 
 
 @each_model
+def test_modulations_by_one_product_are_those_by_one_a_block(cfg, shape):
+    params, given = drawn(cfg, shape), batch(shape)
+    found = models.of(cfg).stacked(params)
+    assert relative(forward(found, *given, cfg), forward(params, *given, cfg)) < 1e-13
+    if cfg.adaln == "single":
+        assert found is params
+        return
+    assert found["stacked"]["w"].shape == (6 * cfg.width * cfg.depth, cfg.width)
+    assert not any("adaln" in path for path, _ in tree.items(found["blocks"]))
+
+
+@each_model
 def test_at_initialisation_output_is_zero_and_blocks_are_the_identity(cfg, shape):
     params = param.init(models.of(cfg).declare(cfg, shape), random.key(0))
     x, t, y = batch(shape, dtype=torch.float32)
     assert torch.equal(forward(params, x, t, y, cfg), torch.zeros(3, 4, *shape.size))
     c, caption = dit.condition(params, t, y, cfg)
-    c = dit.for_blocks(params, c)
+    _, c = dit.for_blocks(params, c)
     if cfg.arch == "dit":
         h = torch.randn(3, 18, 24)
         for p in params["blocks"]:

@@ -116,7 +116,8 @@ def forward(params: dict, x: Tensor, t_B: Tensor, y: Any, cfg: Config, ops: Ops 
         h = h + table
     c_BD, caption = condition(params, t_B, y, cfg)
     h, rotary = ops.enter(h, *rotary)
-    h = ops.layers(make_block(cfg, ops), params["blocks"], h, for_blocks(params, c_BD), rotary, *caption)
+    blocks, c = for_blocks(params, c_BD)
+    h = ops.layers(make_block(cfg, ops), blocks, h, c, rotary, *caption)
     return nn.unpatchify(ops.leave(final(params["final"], h, c_BD, ops)), size, cfg.patch, cfg.frame_patch)
 
 
@@ -135,10 +136,36 @@ def condition(params: dict, t_B: Tensor, y: Any, cfg: Config) -> tuple[Tensor, t
     return c_BD, (nn.project(y["text"].to(dtype), p), mask_BS)
 
 
-def for_blocks(params: dict, c_BD: Tensor) -> Tensor:
-    """What blocks get of c: silu(c), or (B, 6 D) regressed once for all of them (adaLN-single, PixArt-alpha)."""
+def for_blocks(params: dict, c_BD: Tensor) -> tuple[list, Tensor]:
+    """The blocks, and what they get of c: silu(c), or (B, 6 D) regressed once for all of them (adaLN-single,
+    PixArt-alpha). Blocks of ``stacked`` weights get their modulations with their parameters."""
     c_BD = torch.nn.functional.silu(c_BD)
-    return linear(c_BD, params["adaln"]) if "adaln" in params else c_BD
+    if "stacked" not in params:
+        return params["blocks"], linear(c_BD, params["adaln"]) if "adaln" in params else c_BD
+    shares = iter(linear(c_BD, params["stacked"]).split(6 * c_BD.shape[-1], -1))
+    return [each_block(lambda b: {**b, "modulations": next(shares)}, p) for p in params["blocks"]], c_BD
+
+
+def stacked(params: dict) -> dict:
+    """The same weights for sampling, whose blocks' modulations come from one product: of few samples, each of these
+    products costs more than reading its weights."""
+    regressions: list[dict] = []
+    blocks = [each_block(lambda b: _taken(b, regressions), p) for p in params["blocks"]]
+    if not all(p.keys() == {"w", "b"} for p in regressions) or not regressions:  # LoRA's have more, adaLN-single none
+        return params
+    whole = {name: torch.cat([p[name] for p in regressions]) for name in ("w", "b")}
+    return {**params, "blocks": blocks, "stacked": whole}
+
+
+def _taken(block: dict, into: list[dict]) -> dict:
+    """The block without what regresses its modulations."""
+    into += [block["adaln"]] if "adaln" in block else []
+    return {name: p for name, p in block.items() if name != "adaln"}
+
+
+def each_block(fn: Callable[[dict], dict], p: dict) -> dict:
+    """``fn`` of a block, or of each of the blocks that p holds."""
+    return fn(p) if "qkv" in p else {name: each_block(fn, q) for name, q in p.items()}
 
 
 def final(p: dict, x_BLD: Tensor, c_BD: Tensor, ops: Ops) -> Tensor:
@@ -185,6 +212,8 @@ def run_block(
 
 def modulations(p: dict, c: Tensor) -> tuple[Tensor, ...]:
     """A block's shifts, scales and gates (B, D): regressed from silu(c) (B, D), or its table added to c (B, 6 D)."""
+    if "modulations" in p:  # regressed with those of all blocks
+        return p["modulations"].chunk(6, -1)
     if "table" in p:
         return (p["table"] + c.unflatten(-1, p["table"].shape)).unbind(1)
     return linear(c, p["adaln"]).chunk(6, -1)

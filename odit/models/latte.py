@@ -41,7 +41,8 @@ def forward(params: dict, x_BCTHW: Tensor, t_B: Tensor, y: Any, cfg: Config, ops
     time_TD = _frames_table(frames, cfg.width, x.device, x.dtype)
     c_BD, caption = dit.condition(params, t_B, y, cfg)
     x, _ = ops.enter(x_BTSD)
-    x = ops.layers(make_pair(cfg, ops), params["blocks"], x, dit.for_blocks(params, c_BD), (time_TD,), *caption)
+    blocks, c = dit.for_blocks(params, c_BD)
+    x = ops.layers(make_pair(cfg, ops), blocks, x, c, (time_TD,), *caption)
     h = dit.final(params["final"], x.flatten(1, 2), c_BD, ops).unflatten(1, x.shape[1:3])
     return nn.unpatchify(ops.leave(h).flatten(1, 2), size, cfg.patch, cfg.frame_patch)
 
@@ -78,6 +79,9 @@ def _make_pair(cfg: Config, ops: Ops) -> Callable:
         return y.unflatten(1, x.shape[1:3])
 
     return pair
+
+
+stacked = dit.stacked
 
 
 def time_space(cfg: Config, size: Size) -> int:
