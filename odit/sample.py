@@ -62,7 +62,8 @@ def drawer(plan: Plan, params: tree.Tree) -> Callable[..., Callable[[Tensor], Te
     """
     with torch.no_grad():
         params, ops = plan.inference(params)
-        if plan.device.type == "cuda" and plan.layout.stage <= 1:  # stages 2 and 3 know their blocks' leaves
+        # stages 2 and 3 know their blocks' leaves, and what is compiled is compiled for the shapes of weights
+        if plan.device.type == "cuda" and plan.layout.stage <= 1 and not plan.compiled:
             params = models.of(plan.run.model).stacked(params)
 
     def forward(x: Tensor, t_B: Tensor, y: tree.Tree) -> Tensor:

@@ -231,6 +231,12 @@ def test_cells_without_a_judge_are_left_out():
     assert {t.cell for t in found} == {("digits",)} and "data.source is latents, which has no" in left_out["latents",]
 
 
+def test_cells_whose_judge_could_not_be_tried_are_left_out():
+    found, left_out = trials(dataclasses.replace(GRID, axes=(values("data.held_out", 0.0, 0.2),)))
+    assert {t.run.data.held_out for t in found} == {0.2}
+    assert [why for why in left_out.values() if "data.held_out is 0, and a judge is tried on held-out" in why]
+
+
 # ----------------------------------------------------------------------------------------------------------- what runs
 
 

@@ -51,12 +51,7 @@ def sample_rows(cfg: Sample) -> None:
         torch._dynamo.reset()
         composed = plan.make(run, data.open_dataset(run.data, None))
         key = random.key(0)
-        params = spec.init(composed.declared, key, composed.layout.specs, composed.layout.axis, composed.device)
-        params = tree.map(
-            lambda p: p if p.any() else torch.randn_like(p) * 0.02, params
-        )  # at 0 a block is the identity
-        draw = sampling.sampler(composed, params)
-        del params
+        draw = sampling.sampler(composed, weights(composed, key))
         for num in cfg.images:
             clear_peaks(composed.device)
             labels, times = torch.arange(num) % max(1, composed.shape.num_classes), []
@@ -81,6 +76,13 @@ def sample_rows(cfg: Sample) -> None:
             if cfg.profile:
                 slowest = train.slowest(functools.partial(draw, labels, key), cfg.profile)
                 print(json.dumps({"name": "sample kernels", "way": way, "images": num, "kernels": slowest}), flush=True)
+
+
+def weights(composed: plan.Plan, key: random.Key) -> tree.Tree:
+    """A run's first weights, the same in each call, with noise where these are 0: there a block is the identity."""
+    noise = torch.Generator(composed.device).manual_seed(0)
+    first = spec.init(composed.declared, key, composed.layout.specs, composed.layout.axis, composed.device)
+    return tree.map(lambda p: p if p.any() else torch.empty_like(p).normal_(0, 0.02, generator=noise), first)
 
 
 def run_of(cfg: Sample, way: str) -> config.Run:
