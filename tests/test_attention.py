@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 
 import pytest
 import torch
@@ -146,13 +147,29 @@ def test_the_operator_of_flash_attn_4_traces_without_it():
     assert o.shape == q.shape and all(g.shape == q.shape for g in torch.autograd.grad(o.sum(), (q, k, v)))
 
 
+def test_flash_attn_4_is_loaded_where_warnings_are_errors(tmp_path, monkeypatch):
+    package = tmp_path / "flash_attn" / "cute"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").touch()
+    (package / "interface.py").write_text("import warnings; warnings.warn('old', DeprecationWarning); there = 1")
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert attention._fa4.__wrapped__().there == 1
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+        del sys.modules[name]
+
+
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what flash-attn 4 calls when it compiles
 @pytest.mark.parametrize("name", ["sdpa", "flash2", "cudnn", "flash4", "triton"])
 @pytest.mark.parametrize("B, L, K", [(5, 17, 72), (2, 256, 72), (1, 1021, 64), (2, 256, 80)])
 def test_backends_against_fp64(name, B, L, K):
     """Error no more than 1.5 times that of the reference in the same dtype, output and gradients."""
     device, backend = torch.device("cuda"), attention.BACKENDS[name]
     if why := backend.obstacle(device, torch.bfloat16, K):
+        assert "cannot be loaded" not in why
         pytest.skip(why)
     draws = [random.normal(random.fold_in(KEY, part), (B, L, 3, K)).bfloat16() for part in "qkvd"]
 
