@@ -47,11 +47,16 @@ def check(run: Run, shape: Shape | None = None, world: int = 1) -> None:
         _check_sequence(run, shape, sp, world)
         check_sampling(run.sampling, run.model, shape, objective)
     fidelity.check(run.evaluation)
-    if run.evaluate and run.data.source in data.DIGITS and run.data.held_out * 1797 < 1:
+    if run.evaluate and no_digits_held_out(run.data):
         raise ValueError(
             f"data.held_out is {run.data.held_out} but evaluate needs held-out digits for its judge: "
             "use --data.held-out 0.1666 or --no-evaluate"
         )
+
+
+def no_digits_held_out(cfg: data.Config) -> bool:
+    """Whether these are digits, and none is held out for a judge to be tried on."""
+    return cfg.source in data.DIGITS and round(1797 * cfg.held_out) == 0
 
 
 def _check_numbers(run: Run) -> None:

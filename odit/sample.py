@@ -62,9 +62,7 @@ def drawer(plan: Plan, params: tree.Tree) -> Callable[..., Callable[[Tensor], Te
     """
     with torch.no_grad():
         params, ops = plan.inference(params)
-        # stages 2 and 3 know their blocks' leaves, and what is compiled is compiled for the shapes of weights
-        if plan.device.type == "cuda" and plan.layout.stage <= 1 and not plan.compiled:
-            params = models.of(plan.run.model).stacked(params)
+        params = models.of(plan.run.model).joined(params) if joins(plan) else params
 
     def forward(x: Tensor, t_B: Tensor, y: tree.Tree) -> Tensor:
         return plan.forward(params, x, t_B, y, ops=ops)
@@ -95,6 +93,13 @@ def drawer(plan: Plan, params: tree.Tree) -> Callable[..., Callable[[Tensor], Te
         return pictures
 
     return at
+
+
+def joins(plan: Plan) -> bool:
+    """Whether the modulations of all blocks come from one product: on a GPU, where that holds no weight twice (copies
+    of their own in half precision), and not compiled, as that would fix the number of samples."""
+    own = plan.layout.stage == 0 and plan.dtype != torch.float32
+    return plan.device.type == "cuda" and own and not plan.compiled
 
 
 def graph_obstacle(plan: Plan, sampling: Sampling) -> str | None:

@@ -156,9 +156,11 @@ def test_flash_attn_4_is_loaded_where_warnings_are_errors(tmp_path, monkeypatch)
     for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    assert attention._fa4.__wrapped__().there == 1
-    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
-        del sys.modules[name]
+    try:
+        assert attention._fa4.__wrapped__().there == 1
+    finally:
+        for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+            sys.modules.pop(name, None)
 
 
 @pytest.mark.gpu

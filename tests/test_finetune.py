@@ -371,7 +371,19 @@ def test_adapters_change_nothing_at_first(tmp_path):
     assert torch.equal(*outs) and outs[0].any()
     assert params["blocks"][1]["mlp"]["fc1"]["lora"]["a"].std() > 0.1
     assert "blocks.*.qkv.lora.a" in lines[0]
-    assert models.of(MODEL).stacked(working) is working  # whose adaLN layers have adapters of their own
+
+
+@pytest.mark.parametrize("targets, joins", [(("qkv", "mlp"), True), (("qkv", "time.adaln"), False)])
+def test_modulations_by_one_product_leave_adapters_alone(targets, joins):
+    """Those of qkv are merged where a block runs; one adaLN layer with an adapter keeps all as they were."""
+    model = variant(MODEL, arch="latte")
+    tuned = finetune.Config(lora_rank=3, lora_targets=targets)
+    composed = plan.compose(variant(RUN, init_from="x", model=model, finetune=tuned), Shape(1, (2, 8, 8), 10))
+    params, ops = composed.inference(redraw(composed.declared, dtype=torch.float32))
+    joined = models.of(model).joined(params)
+    assert ("joined" in joined) is joins and (joined is params) is not joins
+    x, t, y = inputs(2, (2, 8, 8))
+    torch.testing.assert_close(composed.forward(joined, x, t, y, ops), composed.forward(params, x, t, y, ops))
 
 
 @pytest.mark.parametrize(

@@ -483,12 +483,12 @@ each_model = pytest.mark.parametrize(
 @each_model
 def test_modulations_by_one_product_are_those_by_one_a_block(cfg, shape):
     params, given = drawn(cfg, shape), batch(shape)
-    found = models.of(cfg).stacked(params)
+    found = models.of(cfg).joined(params)
     assert relative(forward(found, *given, cfg), forward(params, *given, cfg)) < 1e-13
     if cfg.adaln == "single":
         assert found is params
         return
-    assert found["stacked"]["w"].shape == (6 * cfg.width * cfg.depth, cfg.width)
+    assert found["joined"]["w"].shape == (6 * cfg.width * cfg.depth, cfg.width)
     assert not any("adaln" in path for path, _ in tree.items(found["blocks"]))
 
 

@@ -274,10 +274,10 @@ def _check(trial: Trial) -> None:
             f"data.source is {trial.run.data.source}, which has no judge: use one of {', '.join(evaluate.JUDGES)}, or "
             "leave out judged and its metrics"
         )
-    if trial.judged is not None and not trial.run.data.held_out:
+    if trial.judged is not None and checks.no_digits_held_out(trial.run.data):
         raise ValueError(
-            f"judged is {trial.judged} but data.held_out is 0, and a judge is tried on held-out samples: hold some "
-            "out, such as 0.1, or leave out judged and its metrics"
+            f"data.held_out is {trial.run.data.held_out} but judged needs held-out digits for its judge: use 0.1666, "
+            "or leave out judged and its metrics"
         )
     checks.check(trial.run, world=trial.ranks)
     checks.check(dataclasses.replace(trial.run, sampling=trial.sampling), world=trial.ranks)

@@ -89,7 +89,7 @@ def _needs_gpu(least: tuple[int, int], device: torch.device, dtype: torch.dtype,
 def _fa4() -> Any:
     """flash-attn-4's module, whose forward and backward are functions without autograd of their own."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it uses what CUTLASS will drop, and where warnings are errors could not load
+        warnings.simplefilter("ignore", DeprecationWarning)  # of CUTLASS; an error where warnings are errors
         from flash_attn.cute import interface
 
     return interface

@@ -1,5 +1,5 @@
 """Models: a file each with ``declare(cfg, shape)``, ``forward(params, x, t, y, cfg, ops)``, ``macs(cfg, shape)``,
-``time_space(cfg, size)`` and ``stacked(params)``; all are built from one Config and one Shape (config.py)."""
+``time_space(cfg, size)`` and ``joined(params)``; all are built from one Config and one Shape (config.py)."""
 
 from __future__ import annotations
 

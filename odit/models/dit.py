@@ -138,33 +138,28 @@ def condition(params: dict, t_B: Tensor, y: Any, cfg: Config) -> tuple[Tensor, t
 
 def for_blocks(params: dict, c_BD: Tensor) -> tuple[list, Tensor]:
     """The blocks, and what they get of c: silu(c), or (B, 6 D) regressed once for all of them (adaLN-single,
-    PixArt-alpha). Blocks of ``stacked`` weights get their modulations with their parameters."""
+    PixArt-alpha). Blocks of ``joined`` weights get their modulations with their parameters."""
     c_BD = torch.nn.functional.silu(c_BD)
-    if "stacked" not in params:
+    if "joined" not in params:
         return params["blocks"], linear(c_BD, params["adaln"]) if "adaln" in params else c_BD
-    shares = iter(linear(c_BD, params["stacked"]).split(6 * c_BD.shape[-1], -1))
-    return [each_block(lambda b: {**b, "modulations": next(shares)}, p) for p in params["blocks"]], c_BD
+    shares = iter(linear(c_BD, params["joined"]).split(6 * c_BD.shape[-1], -1))
+    return [each_block(lambda p: {**p, "modulations": next(shares)}, p) for p in params["blocks"]], c_BD
 
 
-def stacked(params: dict) -> dict:
-    """The same weights for sampling, whose blocks' modulations come from one product: of few samples, each of these
-    products costs more than reading its weights."""
-    regressions: list[dict] = []
-    blocks = [each_block(lambda b: _taken(b, regressions), p) for p in params["blocks"]]
-    if not all(p.keys() == {"w", "b"} for p in regressions) or not regressions:  # LoRA's have more, adaLN-single none
+def joined(params: dict) -> dict:
+    """The same weights for sampling, with one product for the modulations of all blocks: a product a block costs more
+    than reading its weights where samples are few. ``params`` themselves where not all blocks have plain ones."""
+    found: list[dict] = []
+    for p in params["blocks"]:
+        each_block(lambda p: found.append(p.get("adaln", {})), p)
+    if any(p.keys() != {"w", "b"} for p in found):  # adaLN-single has none, adapters have more
         return params
-    whole = {name: torch.cat([p[name] for p in regressions]) for name in ("w", "b")}
-    return {**params, "blocks": blocks, "stacked": whole}
+    blocks = [each_block(lambda p: {k: v for k, v in p.items() if k != "adaln"}, p) for p in params["blocks"]]
+    return {**params, "blocks": blocks, "joined": {name: torch.cat([p[name] for p in found]) for name in ("w", "b")}}
 
 
-def _taken(block: dict, into: list[dict]) -> dict:
-    """The block without what regresses its modulations."""
-    into += [block["adaln"]] if "adaln" in block else []
-    return {name: p for name, p in block.items() if name != "adaln"}
-
-
-def each_block(fn: Callable[[dict], dict], p: dict) -> dict:
-    """``fn`` of a block, or of each of the blocks that p holds."""
+def each_block(fn: Callable[[dict], Any], p: dict) -> Any:
+    """``fn`` of a block, or of each of the blocks that p holds, always in the same order."""
     return fn(p) if "qkv" in p else {name: each_block(fn, q) for name, q in p.items()}
 
 

@@ -81,7 +81,7 @@ def _make_pair(cfg: Config, ops: Ops) -> Callable:
     return pair
 
 
-stacked = dit.stacked
+joined = dit.joined
 
 
 def time_space(cfg: Config, size: Size) -> int:
