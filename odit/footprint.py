@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from odit import memory, models, ops, plan, train, tree
+from odit.choice import DTYPES, mlp_sizes
 from odit.config import Parallel, Run
 from odit.draws import Draws
 from odit.kernels import attention
@@ -114,8 +115,8 @@ def gelu_in_products(run: Run, strategy: str, capability: tuple[int, int]) -> bo
     """Whether the mlp's products have its GELU in them there."""
     from odit.kernels import gelu_mlp
 
-    mlp = gelu_mlp.Mlp(*plan.mlp_sizes(run, strategy))
-    return run.kernels != "reference" and gelu_mlp.serves(capability, plan.DTYPES[run.precision], mlp) is None
+    mlp = gelu_mlp.Mlp(*mlp_sizes(run, strategy))
+    return run.kernels != "reference" and gelu_mlp.serves(capability, DTYPES[run.precision], mlp) is None
 
 
 def attended(run: Run, shape: Shape, strategy: str, capability: tuple[int, int]) -> attention.Entry | None:

@@ -14,23 +14,20 @@ import torch
 
 from odit import checks, compiling, data, diffusion, finetune, models, remat, tree
 from odit import front as fronts
+from odit.choice import DTYPES, kernels_of
 from odit.config import Parallel, Run
 from odit.data import buckets
 from odit.data.latents import Latents
 from odit.data.tokens import Bytes
 from odit.diffusion.flow import Flow
 from odit.front import Front
-from odit.kernels import attention, fused
-from odit.kernels import obstacle as fused_obstacle
 from odit.models import dit
 from odit.models.config import Config, Shape, Size
-from odit.ops import Ops, flash
+from odit.ops import Ops
 from odit.parallel import collectives, sequence, zero
 from odit.parallel.mesh import Mesh, single
 from odit.parallel.place import Place
 from odit.parallel.spec import unsplit
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -248,7 +245,7 @@ def compose(
     if not shape.conditional:
         notes.append("guidance: none (the data has no classes and no captions)")
     name, told = _strategy(run, shape, mesh, device)
-    kernels, line = _kernels(run, shape, sizes, device, name)
+    kernels, line = kernels_of(run, shape, sizes, device, name)
     notes.append(line)
     front = front or load_front(run, mesh)
     if front.tokenize is None and shape.text_length and not shape.text_width:  # a cache of captions as bytes
@@ -274,47 +271,6 @@ def compose(
         one_pass=kernels.modulate is not Ops().modulate and run.parallel.offload == "none",
         front=front,
     )
-
-
-def _kernels(run: Run, shape: Shape, sizes: Sequence[Size], device: torch.device, strategy: str) -> tuple[Ops, str]:
-    """The record of one rank, for samples of these sizes, and a line on it."""
-    on_gpu = device.type == "cuda"
-    if run.kernels == "reference":
-        return Ops(), "kernels: reference"
-    if run.kernels == "auto" and (why := fused_obstacle(device)):
-        if on_gpu and run.deterministic:
-            raise ValueError(f"deterministic needs fused kernels on a GPU, which cannot run here ({why}): leave it out")
-        if on_gpu:
-            return flash(), f"kernels: PyTorch's attention, the rest reference (auto; no fused ones: {why})"
-        return Ops(), f"kernels: reference (auto; no fused ones: {why})"
-    cfg = run.model
-    length = max(models.num_tokens(cfg, s) // models.of(cfg).time_space(cfg, s) for s in (shape.size, *sizes))
-    plain = strategy not in ("ring", "usp")  # these merge parts of attention by their log-sum-exp
-    if run.deterministic and on_gpu and not plain:
-        raise ValueError(
-            f"deterministic is given, and parallel.sequence {strategy} merges parts of attention by a kernel that does "
-            "not repeat bit for bit: use fastseq, ulysses or megatron, or leave deterministic out"
-        )
-    found = attention.choose(device, DTYPES[run.precision], cfg.head_size, length, plain, run.deterministic)
-    ops = fused(flash() if on_gpu else Ops())
-    if run.deterministic:
-        ops = replace(ops, cross=Ops().cross)  # captions are short
-    packs = strategy == "none"  # nothing looks at q, k and v between qkv and attend
-    merged = "PyTorch's flash attention in parts, whose backward pass does not repeat bit for bit"
-    told = f"kernels: fused{' (auto)' * (run.kernels == 'auto')}; {found.told if plain or not on_gpu else merged}"
-    if on_gpu:
-        from odit.kernels import gelu_mlp  # which loads Triton
-
-        mlp = gelu_mlp.Mlp(*mlp_sizes(run, strategy))
-        ops, line = gelu_mlp.chosen(ops, device, DTYPES[run.precision], mlp, run.parallel.remat)
-        told += f"; {line}"
-    return attention.with_attention(ops, found, cfg.head_size, packs), told
-
-
-def mlp_sizes(run: Run, strategy: str) -> tuple[str, int, int, int]:
-    """What kind of mlp the model has, D, F, and how many ranks share F."""
-    cfg, sp = run.model, run.parallel.sp or 1
-    return cfg.mlp, cfg.width, cfg.ffn, sp if strategy == "megatron" else 1
 
 
 def _strategy(run: Run, shape: Shape, mesh: Mesh, device: torch.device) -> tuple[str, list[str]]:

@@ -138,7 +138,7 @@ def condition(params: dict, t_B: Tensor, y: Any, cfg: Config) -> tuple[Tensor, t
 
 def for_blocks(params: dict, c_BD: Tensor) -> tuple[list, Tensor]:
     """The blocks, and what they get of c: silu(c), or (B, 6 D) regressed once for all of them (adaLN-single,
-    PixArt-alpha). Blocks of ``joined`` weights get their modulations with their parameters."""
+    PixArt-alpha). Blocks of ``joined`` weights get their modulations (B, 6 D) with their parameters."""
     c_BD = torch.nn.functional.silu(c_BD)
     if "joined" not in params:
         return params["blocks"], linear(c_BD, params["adaln"]) if "adaln" in params else c_BD
@@ -148,7 +148,8 @@ def for_blocks(params: dict, c_BD: Tensor) -> tuple[list, Tensor]:
 
 def joined(params: dict) -> dict:
     """The same weights for sampling, with one product for the modulations of all blocks: a product a block costs more
-    than reading its weights where samples are few. ``params`` themselves where not all blocks have plain ones."""
+    than reading its weights where samples are few. ``joined`` holds w (blocks * 6 D, D) and b (blocks * 6 D,), in the
+    order of the blocks. ``params`` themselves where not all blocks have plain ones."""
     found: list[dict] = []
     for p in params["blocks"]:
         each_block(lambda p: found.append(p.get("adaln", {})), p)

@@ -20,6 +20,8 @@ from odit.models import dit
 from odit.models.config import Config, Shape, Size
 from odit.ops import Ops, layers, linear
 
+joined = dit.joined  # of the two blocks of each pair
+
 
 def declare(cfg: Config, shape: Shape) -> dict:
     """Declares every parameter, initialised as DiT's; depth counts blocks, half of them over space, half over time."""
@@ -79,9 +81,6 @@ def _make_pair(cfg: Config, ops: Ops) -> Callable:
         return y.unflatten(1, x.shape[1:3])
 
     return pair
-
-
-joined = dit.joined
 
 
 def time_space(cfg: Config, size: Size) -> int:
