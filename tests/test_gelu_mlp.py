@@ -7,7 +7,7 @@ import torch
 from conftest import normal
 
 from odit import ops, random, remat
-from odit.kernels import bias_gelu, gelu_mlp
+from odit.kernels import bias_gelu, gelu_mlp, quack
 
 KEY = random.key(9)
 SITES = {"kept": gelu_mlp.mlp, "lean": gelu_mlp.lean_mlp}
@@ -146,15 +146,15 @@ def test_where_it_does_not_serve_the_other_one_does(monkeypatch):
 )
 def test_rows_that_start_anywhere_are_copied(cut, stays):
     x = cut(torch.arange(640.0).view(16, 40))
-    found = gelu_mlp._aligned(x)
+    found = quack.aligned(x)
     assert torch.equal(found, x) and (found is x) == stays
 
 
 def test_what_decides_is_traced_when_compiled():
     wide, narrow = (torch.zeros(4, n, dtype=torch.bfloat16) for n in (16, 12))
-    asked = torch.compile(lambda *xs: xs[0] + gelu_mlp._takes(*xs), backend="aot_eager", fullgraph=True)
+    asked = torch.compile(lambda *xs: xs[0] + quack.takes(*xs), backend="aot_eager", fullgraph=True)
     for args, served in ((wide, wide), True), ((wide, narrow), False), ((wide, wide.float()), False):
-        assert asked(*args)[0, 0].item() == served == gelu_mlp._takes(*args)
+        assert asked(*args)[0, 0].item() == served == quack.takes(*args)
 
 
 MLP = gelu_mlp.Mlp("gelu", 64, 256)
@@ -183,14 +183,15 @@ def test_where_it_serves(capability, dtype, mlp, why):
 
 def test_a_library_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(gelu_mlp, "_quack", gelu_mlp._quack.__wrapped__)
+    monkeypatch.setattr(quack, "library", quack.library.__wrapped__)
+    monkeypatch.setattr(quack, "missing", quack.missing.__wrapped__)
     monkeypatch.setitem(sys.modules, "quack", None)
     device = torch.device("cuda")
     found, line = gelu_mlp.chosen(ops.Ops(), device, torch.bfloat16, MLP, "none")
     assert found == ops.Ops() and line == "GELU beside the products of the mlp (quack-kernels is not installed)"
-    monkeypatch.setattr(gelu_mlp, "_quack", lambda: {}["x"])
+    monkeypatch.setattr(quack, "library", lambda: {}["x"])
     assert gelu_mlp.obstacle(device, torch.bfloat16, MLP) == "quack-kernels cannot be loaded (KeyError)"
-    monkeypatch.setattr(gelu_mlp, "_quack", lambda: None)
+    monkeypatch.setattr(quack, "library", lambda: None)
     found, line = gelu_mlp.chosen(ops.Ops(), device, torch.bfloat16, MLP, "selective")
     assert found.mlp is gelu_mlp.lean_mlp and line == "GELU in the products of the mlp (quack-kernels)"
 
@@ -224,7 +225,7 @@ def test_pictures_on_a_gpu(precision):
     dtype = HALF[precision]
     if why := gelu_mlp.obstacle(torch.device("cuda"), dtype, MLP):
         pytest.skip(why)
-    for L in (16, gelu_mlp.LEAST):
+    for L in (16, gelu_mlp.LEAST, quack.ROWS):
         h, p, _ = drawn(2, L, 128, 512, dtype, "cuda")
         double = {layer: {name: x.double() for name, x in found.items()} for layer, found in p.items()}
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """Linear layers whose bias gets its gradient by a kernel: against fp64, plain PyTorch, and under every transform."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytest.importorskip("triton")
 
 from odit import kernels
 from odit.kernels import linear as module
-from odit.kernels import qkv
+from odit.kernels import qkv, quack
 from odit.kernels.linear import column_sums, linear, sums
 from odit.models import dit
 
@@ -293,3 +294,44 @@ def test_a_plan_of_memory_weighs_it():
     with memory.Weigh([x]) as weigh:
         column_sums(x)
     assert 2 * 1152 < weigh.peak < x.nbytes / 10
+
+
+# ---------------------------------------------------------------------------------------------------- without gradients
+
+
+def test_another_librarys_product_is_taken_without_gradients_where_it_is_faster(monkeypatch):
+    x, w, b = layer()
+    calls = []
+
+    def product(x_MK, w_KN, y_MN, bias):
+        calls.append(x_MK.shape)
+        y_MN.copy_(plain(x_MK, w_KN.t(), bias))
+
+    monkeypatch.setattr(quack, "library", lambda: SimpleNamespace(plain=product))
+    assert not quack.faster(x, w, b)  # on a CPU
+    monkeypatch.setattr(quack, "faster", lambda *given: not torch.is_grad_enabled())
+    with torch.no_grad():
+        assert torch.equal(linear(x, w, b), plain(x, w, b)) and torch.equal(linear(x, w), plain(x, w))
+    assert calls == [(10, 8)] * 2
+    assert torch.equal(linear(x, w, b.requires_grad_()), plain(x, w, b)) and len(calls) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_another_librarys_product_on_a_gpu(dtype):
+    """Error at most 1.5 times PyTorch's, the same bits twice, and where it is taken."""
+    pytest.importorskip("quack")
+    x, w, b = layer(2, quack.ROWS // 2, 1152, 3456, dtype=dtype, device="cuda")
+    if why := quack.serves(torch.cuda.get_device_capability(), dtype) or quack.missing():
+        pytest.skip(why)
+    w = w / 34
+    assert not quack.faster(x, w, b)  # gradients may be wanted
+    with torch.no_grad():
+        for given in ((x, w, b), (x, w), (x, w[192:])):
+            exact = plain(*(t.double() for t in given))
+            error, pytorchs = ((y.double() - exact).norm() for y in (quack.linear(*given), plain(*given)))
+            assert quack.faster(*given) and error <= 1.5 * pytorchs
+            assert torch.equal(linear(*given), quack.linear(*given))
+        for few_or_other in ((x[:, 1:], w, b), (x.float(), w.float()), (x, w[1:])):
+            assert not quack.faster(*few_or_other)
+        torch.func.vmap(lambda x: linear(x, w, b))(x)

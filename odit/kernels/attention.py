@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from odit import ops as reference
+from odit.kernels import flash4
 from odit.ops import Ops
 
 HALF = (torch.float16, torch.bfloat16)
@@ -82,81 +81,8 @@ def _needs_gpu(least: tuple[int, int], device: torch.device, dtype: torch.dtype,
     return f"head size {K} is no multiple of 8" if K % 8 else None
 
 
-# --- flash-attn 4 ---
-
-
-@functools.cache
-def _fa4() -> Any:
-    """flash-attn-4's module, whose forward and backward are functions without autograd of their own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of CUTLASS; an error where warnings are errors
-        from flash_attn.cute import interface
-
-    return interface
-
-
-@torch.library.custom_op("odit::attend_fa4", mutates_args=())
-def _attend_fa4(q: Tensor, k: Tensor, v: Tensor, scale: float, repeats: bool) -> tuple[Tensor, Tensor]:
-    o, lse, *_ = _fa4()._flash_attn_fwd(q, k, v, softmax_scale=scale, return_lse=True)
-    return o, lse
-
-
-@_attend_fa4.register_fake
-def _(q, k, v, scale, repeats):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        (q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32
-    )
-
-
-@torch.library.custom_op("odit::attend_fa4_backward", mutates_args=())
-def _attend_fa4_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, repeats: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _fa4()._flash_attn_bwd(q, k, v, o, do.contiguous(), lse, scale, deterministic=repeats)[:3]
-    return dq, dk, dv
-
-
-@_attend_fa4_backward.register_fake
-def _(do, q, k, v, o, lse, scale, repeats):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-
-
-def _keep(ctx, inputs, output):
-    q, k, v, ctx.scale, ctx.repeats = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, do, dlse):
-    if do is None:
-        return (None,) * 5
-    return *_attend_fa4_backward(do, *ctx.saved_tensors, ctx.scale, ctx.repeats), None, None
-
-
-_attend_fa4.register_autograd(_differentiate, setup_context=_keep)
-
-
-def flash4(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
-    """flash-attn 4, as a registered operator: its own autograd function would end a graph of torch.compile."""
-    return _attend_fa4(q_BLHK, k_BLHK, v_BLHK, scale, True)[0]
-
-
-def flash4_any(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
-    """The same, whose dq is summed in whatever order its parts are ready."""
-    return _attend_fa4(q_BLHK, k_BLHK, v_BLHK, scale, False)[0]
-
-
-def _flash4_obstacle(device: torch.device, dtype: torch.dtype, K: int) -> str | None:
-    if found := _needs_gpu((9, 0), device, dtype, K):
-        return found
-    if importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn-4 is not installed"
-    try:
-        _fa4()
-    except Exception as error:  # an older flash-attn, or a part of it that does not fit
-        return f"flash-attn-4 cannot be loaded ({type(error).__name__})"
-    return None
+def _flash4_obstacle(repeats: bool, device: torch.device, dtype: torch.dtype, K: int) -> str | None:
+    return _needs_gpu((9, 0), device, dtype, K) or flash4.obstacle(device, dtype, K, repeats)
 
 
 # --- odit's own ---
@@ -200,8 +126,14 @@ BACKENDS = {
         Backend("sdpa", sdpa, _always, "PyTorch's choice of attention", repeats=False),
         Backend("flash2", flash2, functools.partial(_needs_gpu, (8, 0)), "FlashAttention 2 (PyTorch's)", repeats=False),
         Backend("cudnn", cudnn, functools.partial(_needs_gpu, (9, 0)), "cuDNN's attention", repeats=False),
-        Backend("flash4", flash4, _flash4_obstacle, "flash-attn 4"),
-        Backend("flash4_any", flash4_any, _flash4_obstacle, "flash-attn 4, summing in any order", repeats=False),
+        Backend("flash4", flash4.attend, functools.partial(_flash4_obstacle, True), "flash-attn 4"),
+        Backend(
+            "flash4_any",
+            flash4.attend_any,
+            functools.partial(_flash4_obstacle, False),
+            "flash-attn 4, summing in any order",
+            repeats=False,
+        ),
         Backend("triton", triton, _triton_obstacle, "odit's kernel for short samples", attend_packed=triton_packed),
     )
 }

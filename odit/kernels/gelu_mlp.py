@@ -12,23 +12,18 @@ in plain PyTorch, for tests.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from odit.kernels import bias_gelu
-from odit.kernels.linear import bias_gradient
-from odit.ops import Ops, linear
+from odit.kernels import bias_gelu, quack
+from odit.kernels.linear import bias_gradient, linear
+from odit.ops import Ops
 
 LEAST = 2048  # rows without gradients, below which PyTorch's product with GELU is as fast
-MEASURED = ((9, 0),)  # compute capabilities where it was faster, by ``experiments/bench.py train``
-HALF = (torch.float16, torch.bfloat16)
 
 
 class Mlp(NamedTuple):
@@ -52,10 +47,8 @@ def serves(capability: tuple[int, int], dtype: torch.dtype, mlp: Mlp) -> str | N
     """Why it is not taken on such a GPU, whatever is installed; None where it is."""
     if mlp.kind != "gelu":
         return f"model.mlp is {mlp.kind}"
-    if capability not in MEASURED:
-        return f"not measured on compute capability {capability[0]}.{capability[1]}"
-    if dtype not in HALF:
-        return f"{str(dtype).removeprefix('torch.')} is not half precision"
+    if why := quack.serves(capability, dtype):
+        return why
     if mlp.width % 8 == mlp.ffn % (8 * mlp.shares) == 0:
         return None
     shared = f" over {mlp.shares} ranks" if mlp.shares > 1 else ""
@@ -66,49 +59,13 @@ def obstacle(device: torch.device, dtype: torch.dtype, mlp: Mlp) -> str | None:
     """Why it cannot be taken on this device; None where it can."""
     if device.type != "cuda":
         return f"the device is {device.type}"
-    if why := serves(torch.cuda.get_device_capability(device), dtype, mlp):
-        return why
-    try:
-        _quack()
-    except ModuleNotFoundError as error:
-        known = error.name == "quack"
-        return f"quack-kernels {'is not installed' if known else f'needs {error.name}, which is not installed'}"
-    except Exception as error:  # a version that does not fit
-        return f"quack-kernels cannot be loaded ({type(error).__name__})"
-    return None
-
-
-@functools.cache
-def _quack() -> Any:
-    """quack's products and their tiles, the fastest of ten on an H200 for 32,768 tokens of width 1152."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from quack import gemm_interface
-        from quack.epilogue import library
-        from quack.gemm_config import GemmConfig
-
-    def tiles(columns: int) -> GemmConfig:
-        return GemmConfig(128, columns, pingpong=True, cluster_m=2, cluster_n=1, is_dynamic_persistent=False)
-
-    return SimpleNamespace(
-        forward=functools.partial(gemm_interface.gemm_act, activation=GELU, tuned=False, config=tiles(192)),
-        backward=functools.partial(library.dact_dbias_mod(GELU), tuned=False, config=tiles(128)),
-        backward_lean=functools.partial(library.dgelu_dbias_mod, tuned=False, config=tiles(128)),
-    )
-
-
-GELU = "gelu_tanh_approx"
+    return serves(torch.cuda.get_device_capability(device), dtype, mlp) or quack.missing()
 
 
 def _product(x_MD: Tensor, w_FD: Tensor, b_F: Tensor, keeps: bool) -> tuple[Tensor | None, Tensor]:
     """z, if it ``keeps`` that, and h."""
-    return _quack().forward(_aligned(x_MD), _aligned(w_FD).t(), bias=_aligned(b_F), store_preact=keeps)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x where its rows start at multiples of 16 bytes, as the GPU's copies of tiles demand; else a copy of it."""
-    starts = x.storage_offset() % 8 == 0 and (x.ndim == 1 or x.stride(0) % 8 == 0)
-    return x if x.stride(-1) == 1 and starts else x.clone(memory_format=torch.contiguous_format)
+    x, w, b = map(quack.aligned, (x_MD, w_FD, b_F))
+    return quack.library().gelu(x, w.t(), bias=b, store_preact=keeps)
 
 
 @torch.library.custom_op("odit::gelu_mlp", mutates_args=())
@@ -135,7 +92,8 @@ def _(x_MD, w1_FD, b1_F, w2_DF, b2_D, lean):
 def _backward(dy_MD: Tensor, w2_DF: Tensor, z_MF: Tensor, lean: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dz, db1, and h if ``lean``, else nothing."""
     if dy_MD.is_cuda:
-        found = (_quack().backward_lean if lean else _quack().backward)(_aligned(dy_MD), _aligned(w2_DF), z_MF)
+        product = quack.library().gelu_backward_lean if lean else quack.library().gelu_backward
+        found = product(quack.aligned(dy_MD), quack.aligned(w2_DF), z_MF)
         dz, db, h = found["D"], found["dbias" if lean else "dwb"], found.get("postact")
     else:
         h, pull = torch.func.vjp(lambda z: torch.nn.functional.gelu(z, approximate="tanh"), z_MF)
@@ -176,12 +134,6 @@ def _differentiate(ctx: Any, dy: Tensor | None, dz: Any, dh: Any) -> tuple[Tenso
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _takes(*tensors: Tensor) -> bool:
-    """Whether they are of one dtype, in half precision, and the columns of a row fill multiples of 16 bytes."""
-    dtype = tensors[0].dtype
-    return dtype in HALF and all(x.dtype == dtype and x.shape[-1] % 8 == 0 for x in tensors)
-
-
 def site(remat: str) -> Callable:
     """``mlp``, or ``lean_mlp`` where what is elementwise runs again in backward."""
     return lean_mlp if remat == "selective" else mlp
@@ -199,16 +151,14 @@ def lean_mlp(h_BLD: Tensor, p: dict) -> Tensor:
 
 
 def _mlp(h_BLD: Tensor, p: dict, lean: bool) -> Tensor:
-    compiling = torch.compiler.is_compiling()
-    mapped = not compiling and torch._C._functorch.peek_interpreter_stack() is not None
-    if "gate" in p or mapped:
+    if "gate" in p or quack.mapped():
         return bias_gelu.mlp(h_BLD, p)
     x, w1, b1, w2 = h_BLD.flatten(0, -2), p["fc1"]["w"], p["fc1"]["b"], p["fc2"]["w"]
-    if x.is_cuda and not _takes(x, w1, w2, b1):
+    if x.is_cuda and not quack.takes(x, w1, w2, b1):
         return bias_gelu.mlp(h_BLD, p)
     if torch.is_grad_enabled():
         return _forward(x, w1, b1, w2, p["fc2"].get("b"), lean)[0].unflatten(0, h_BLD.shape[:-1])
-    if compiling or not x.is_cuda or len(x) < LEAST:
+    if torch.compiler.is_compiling() or not x.is_cuda or len(x) < LEAST:
         return bias_gelu.mlp(h_BLD, p)
     h = _product(x, w1, b1, False)[1]
-    return linear(h.unflatten(0, h_BLD.shape[:-1]), p["fc2"])
+    return linear(h, p["fc2"]["w"], p["fc2"].get("b")).unflatten(0, h_BLD.shape[:-1])

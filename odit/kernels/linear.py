@@ -2,7 +2,8 @@
 
 The products stay PyTorch's: forward is its linear, which adds the bias on the way, and so are dx and dw. That the bias
 has a gradient is told afterwards: the product takes it as a constant, and ``credit`` hands the result on as it is and
-sends what comes back for it, summed over rows, to the bias too.
+sends what comes back for it, summed over rows, to the bias too. Without gradients, for many rows, forward may be
+another library's (quack.py).
 
 A program of the kernel sums R rows by C columns at a time over a span of rows, in fp32, and ``totals`` adds the spans
 in their order: no atomics, the same bits every time. dy is read once, 2 bytes an element in half precision.
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from odit.kernels import quack
 from odit.kernels.function import by_rows, function, served
 from odit.kernels.launch import launch
 from odit.kernels.rows import SMS, WARPS, totals
@@ -120,7 +122,9 @@ def credit(y: Tensor, b_D: Tensor) -> Tensor:
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear`` of rows of x; that itself where the bias wants no gradient, for fp64 and mixed
-    dtypes."""
+    dtypes; without gradients quack-kernels' product, where that is faster."""
+    if quack.faster(x, w, b):
+        return quack.linear(x, w, b)
     if b is None or not (torch.is_grad_enabled() and b.requires_grad and served(WIDEST, b, x)):
         return torch.nn.functional.linear(x, w, b)
     return credit(torch.nn.functional.linear(x, w, b.detach()), b)

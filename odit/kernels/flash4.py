@@ -1,0 +1,131 @@
+"""Attention by flash-attn 4 (Dao et al.; CUTLASS, for Hopper and later), as operators with gradients of our own.
+
+Its kernels are young, and one gave wrong numbers without a word: in 4.0.0b36, on Hopper, the kernel of backward lays
+out the sums of dq for heads as wide as the next multiple of 16, and what turns them into dq reads them for the next
+multiple of 32, so that dq of heads of 72 or 80 is noise (flash-attention, pull request 2896). So it is read here as it
+lies, and ``obstacle`` tries each head size on a small case before it is taken: no version is believed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odit.kernels import trial
+
+TOLERANCE = 0.05  # of o and each gradient; rounding in half precision makes 0.005
+TRIED = (1, 256, 2)  # samples, tokens (several tiles of each kernel) and heads of the small case
+
+
+@functools.cache
+def load() -> Any:
+    """flash-attn 4's module, whose forward and backward are functions without autograd of their own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of CUTLASS; an error where warnings are errors
+        from flash_attn.cute import interface
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
+        _read_as_it_lies(interface)
+    return interface
+
+
+def _read_as_it_lies(interface: Any) -> None:
+    """Makes what reads sums of dq take them as wide as the kernel that wrote them, see above."""
+    read = interface._bwd_postprocess_convert
+
+    @functools.wraps(read)
+    def mended(*args: Any, hdim_multiple_of: int = 32, **settings: Any) -> None:
+        read(*args, hdim_multiple_of=16 if hdim_multiple_of == 32 else hdim_multiple_of, **settings)
+
+    interface._bwd_postprocess_convert = mended
+
+
+def run(name: str, *args: Any, **settings: Any) -> tuple[Any, ...]:
+    """What its function of this name gives, without the warnings of its compiler."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(load(), name)(*args, **settings)
+
+
+@torch.library.custom_op("odit::attend_fa4", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, repeats: bool) -> tuple[Tensor, Tensor]:
+    o, lse, *_ = run("_flash_attn_fwd", q, k, v, softmax_scale=scale, return_lse=True)
+    return o, lse
+
+
+@_forward.register_fake
+def _(q, k, v, scale, repeats):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
+        (q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32
+    )
+
+
+@torch.library.custom_op("odit::attend_fa4_backward", mutates_args=())
+def _backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, repeats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = run("_flash_attn_bwd", q, k, v, o, do.contiguous(), lse, scale, deterministic=repeats)[:3]
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(do, q, k, v, o, lse, scale, repeats):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _keep(ctx, inputs, output):
+    q, k, v, ctx.scale, ctx.repeats = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, do, dlse):
+    if do is None:
+        return (None,) * 5
+    return *_backward(do, *ctx.saved_tensors, ctx.scale, ctx.repeats), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v, as an operator: flash-attn's own autograd function would end a graph of torch.compile."""
+    return _forward(q_BLHK, k_BLHK, v_BLHK, scale, True)[0]
+
+
+def attend_any(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
+    """The same, whose dq is summed in whatever order its parts are ready."""
+    return _forward(q_BLHK, k_BLHK, v_BLHK, scale, False)[0]
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, K: int, repeats: bool) -> str | None:
+    """Why ``attend``, or else ``attend_any``, cannot serve heads of K on this GPU; None where it has just done so."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn-4 is not installed"
+    try:
+        load()
+    except Exception as error:  # an older flash-attn, or a part of it that does not fit
+        return f"flash-attn-4 cannot be loaded ({type(error).__name__})"
+    try:
+        wrong = errors(device, dtype, K, repeats)
+    except Exception as error:
+        return f"flash-attn-4 cannot run ({type(error).__name__})"
+    for name, error in wrong.items():
+        if not error <= TOLERANCE:
+            return f"flash-attn-4's {name} is wrong for heads of {K}, by {error:.0%}"
+    return None
+
+
+@functools.cache
+def errors(device: torch.device, dtype: torch.dtype, K: int, repeats: bool) -> dict[str, float]:
+    """Relative errors of o, dq, dk and dv on the small case."""
+    draws = torch.Generator(device).manual_seed(0)
+    B, L, H = TRIED
+    *qkv, do = (torch.randn((B, L, H, K), generator=draws, device=device).to(dtype) for _ in range(4))
+    return trial.errors(attend if repeats else attend_any, qkv, do, K**-0.5)
