@@ -43,11 +43,11 @@ def kernels_of(run: Run, shape: Shape, sizes: Sequence[Size], device: torch.devi
     merged = "PyTorch's flash attention in parts, whose backward pass does not repeat bit for bit"
     told = f"kernels: fused{' (auto)' * (run.kernels == 'auto')}; {found.told if plain or not on_gpu else merged}"
     if on_gpu:
-        from odit.kernels import gelu_mlp  # which loads Triton
+        from odit.kernels import gelu_mlp, quack  # the first loads Triton
 
         mlp = gelu_mlp.Mlp(*mlp_sizes(run, strategy))
         ops, line = gelu_mlp.chosen(ops, device, DTYPES[run.precision], mlp, run.parallel.remat)
-        told += f"; {line}"
+        told += f"; {line}; {quack.told(device, DTYPES[run.precision])}"
     return attention.with_attention(ops, found, cfg.head_size, packs), told
 
 

@@ -159,11 +159,14 @@ def test_flash_attn_4_is_loaded_and_called_where_warnings_are_errors(tmp_path, m
         "def call(x, add):\n    warnings.warn('compiling')\n    return x + add"
     )
     monkeypatch.setattr(flash4, "load", flash4.load.__wrapped__)
+    monkeypatch.setattr(flash4, "COMPILED", set())
     for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
     try:
-        assert flash4.run("call", 1, add=2) == 3
+        assert flash4.run("call", torch.ones(1), add=2) == 3
+        with pytest.warns(UserWarning, match="compiling"):  # only the first call of a shape is quiet
+            flash4.run("call", torch.ones(1), add=2)
     finally:
         for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
             sys.modules.pop(name, None)
@@ -205,21 +208,24 @@ def test_flash_attn_4_is_taken_where_its_numbers_are_right(monkeypatch, spoil, t
         assert flash4.obstacle(torch.device("cpu"), torch.float32, 8, repeats=True) == told
 
 
-def test_sums_of_dq_are_read_as_they_lie(monkeypatch):
-    """What flash-attn 4's kernel wrote for heads as wide as the next multiple of 16."""
+@pytest.mark.parametrize("writes, width", [(16, 16), (32, 32), (None, 32)])
+def test_sums_of_dq_are_read_as_they_were_written(writes, width):
+    """On Hopper, by a flash-attn 4 that writes for heads rounded up to 16, by a mended one, and by another version."""
     seen = []
 
-    def read(*args, hdim_multiple_of=32, **settings):
-        seen.append((args, hdim_multiple_of, settings))
+    def read(accum, dq, scale, begins, lengths, arch, *, hdim_multiple_of=32):
+        seen.append((arch, hdim_multiple_of))
 
     read.compile_cache = {}
     interface = SimpleNamespace(_bwd_postprocess_convert=read)
-    flash4._read_as_it_lies(interface)
-    interface._bwd_postprocess_convert(1, fake_mode=False, hdim_multiple_of=32)
-    interface._bwd_postprocess_convert(1, fake_mode=False, hdim_multiple_of=64)
-    interface._bwd_postprocess_convert(1, fake_mode=False)
-    assert [width for _, width, _ in seen] == [16, 64, 16] and interface._bwd_postprocess_convert.compile_cache == {}
-    assert all(args == (1,) and settings == {"fake_mode": False} for args, _, settings in seen)
+    if writes is not None:
+        interface.FlashAttentionBackwardSm90 = lambda _, K: SimpleNamespace(tile_hdim=-(-K // writes) * writes)
+    flash4._read_as_written(interface)
+    for arch in (90, 100):
+        interface._bwd_postprocess_convert(1, 2, 3, 4, 5, arch)
+        interface._bwd_postprocess_convert(1, 2, 3, 4, 5, arch, hdim_multiple_of=64)
+    assert seen == [(90, width), (90, 64), (100, 32), (100, 64)]
+    assert interface._bwd_postprocess_convert.compile_cache == {}
 
 
 def serves(backend, K):
@@ -255,7 +261,7 @@ def test_backends_against_fp64(name, B, L, K):
 @pytest.mark.parametrize("entry", attention.HOPPER, ids=lambda e: f"{e.size}-{e.least}-{e.backend}-{e.wide}")
 def test_the_table_against_fp64(entry):
     """Each entry as a model calls it: from tokens to tokens, through heads as wide as the table has them."""
-    backend, K, H, L = attention.BACKENDS[entry.backend], entry.size, 2, max(entry.least, 256)
+    backend, K, H, L = attention.BACKENDS[entry.backend], entry.size, 2, max(entry.least, 256) + 44  # no whole tiles
     serves(backend, entry.wide)
     shapes = {"h": (2, L, H * K), "w": (3, H, K, H * K), "b": (3, H, K), "out": (H * K, H, K), "bias": (H * K,)}
     scales = {"w": (H * K) ** -0.5, "out": (H * K) ** -0.5}
@@ -271,6 +277,6 @@ def test_the_table_against_fp64(entry):
         return layer
 
     exact, eager = (numbers(through(Ops()), draws, dtype) for dtype in (torch.float64, torch.bfloat16))
-    chosen = attention.with_attention(Ops(), attention.Choice(backend, entry.wide, ""), K)
+    chosen = attention.with_attention(Ops(), attention.Choice(backend, entry.wide, ""), K, packs=True)
     for a, b, c in zip(numbers(through(chosen), draws, torch.bfloat16), eager, exact, strict=True):
         assert (a - c).norm() <= 1.5 * (b - c).norm()

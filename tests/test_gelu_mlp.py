@@ -196,16 +196,21 @@ def test_a_library_that_is_not_there_is_named(monkeypatch):
     assert found.mlp is gelu_mlp.lean_mlp and line == "GELU in the products of the mlp (quack-kernels)"
 
 
+def serves(dtype, mlp=MLP):
+    """Skips where the library is not there; what is there must load."""
+    if why := gelu_mlp.obstacle(torch.device("cuda"), dtype, mlp):
+        assert "cannot" not in why and "needs" not in why
+        pytest.skip(why)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize("B, L, D", [(1, 1, 128), (2, 17, 384), (5, 256, 1152), (2, 1021, 1536)])
 def test_numbers_on_a_gpu(site, precision, B, L, D):
     """At most 1.5 times the error of eager, and the same bits twice."""
-    pytest.importorskip("quack")
     device, dtype = torch.device("cuda"), HALF[precision]
-    if why := gelu_mlp.obstacle(device, dtype, gelu_mlp.Mlp("gelu", D, 4 * D)):
-        pytest.skip(why)
+    serves(dtype, gelu_mlp.Mlp("gelu", D, 4 * D))
     args = drawn(B, L, D, 4 * D, dtype, device)
     h, p, dy = args
     exact = everything(
@@ -221,10 +226,8 @@ def test_numbers_on_a_gpu(site, precision, B, L, D):
 @pytest.mark.parametrize("precision", HALF)
 def test_pictures_on_a_gpu(precision):
     """Without gradients, of many rows and of few."""
-    pytest.importorskip("quack")
     dtype = HALF[precision]
-    if why := gelu_mlp.obstacle(torch.device("cuda"), dtype, MLP):
-        pytest.skip(why)
+    serves(dtype)
     for L in (16, gelu_mlp.LEAST, quack.ROWS):
         h, p, _ = drawn(2, L, 128, 512, dtype, "cuda")
         double = {layer: {name: x.double() for name, x in found.items()} for layer, found in p.items()}
@@ -236,9 +239,7 @@ def test_pictures_on_a_gpu(precision):
 @pytest.mark.gpu
 def test_part_of_a_weight_on_a_gpu():
     """As a rank of megatron has it: rows of fc1 and columns of fc2, the last ones where no row may start."""
-    pytest.importorskip("quack")
-    if why := gelu_mlp.obstacle(torch.device("cuda"), torch.bfloat16, MLP):
-        pytest.skip(why)
+    serves(torch.bfloat16)
     h, p, dy = drawn(2, 64, 128, 512, torch.bfloat16, "cuda")
     for part in (slice(0, 256), slice(256, 512), slice(4, 260)):
         mine = {

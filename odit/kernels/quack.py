@@ -24,6 +24,13 @@ def serves(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
     return None if dtype in HALF else f"{str(dtype).removeprefix('torch.')} is not half precision"
 
 
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why they cannot be taken on this device; None where they can."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    return serves(torch.cuda.get_device_capability(device), dtype) or missing()
+
+
 @functools.cache
 def missing() -> str | None:
     """Why they cannot be loaded; None where they can."""
@@ -68,14 +75,21 @@ def linear(x: Tensor, w_NK: Tensor, b_N: Tensor | None = None) -> Tensor:
 def faster(x: Tensor, w_NK: Tensor, b_N: Tensor | None = None) -> bool:
     """Whether ``linear`` is taken for these: for many rows without gradients, not compiled, where it serves.
 
-    On an H200 16, 32 and 64 guided pictures of DiT-XL/2 take 2.0, 1.7 and 2.8 % less time, 256 of B/2 3.2 %, with the
-    same bits; training steps gained less than 1 % from such products, and take PyTorch's.
+    On an H200 16, 32 and 64 guided pictures of DiT-XL/2 take 2.0, 1.7 and 2.8 % less time, 256 of B/2 3.2 %. Training
+    steps gained less than 1 % from such products; there only the first pass of ``remat block`` takes them, whose second
+    one is PyTorch's. Bits were the same in all that was measured; XL's have a test.
     """
     if torch.is_grad_enabled() or not x.is_cuda or torch.compiler.is_compiling() or mapped():
         return False
     given = (x, w_NK) if b_N is None else (x, w_NK, b_N)
-    fits = takes(*given) and len(w_NK) % COLUMNS == 0 and x.shape[:-1].numel() >= ROWS
-    return fits and serves(torch.cuda.get_device_capability(x.device), x.dtype) is None and missing() is None
+    whole = len(w_NK) % COLUMNS == 0 and w_NK.numel() > 0  # a rank may have no head
+    return whole and x.shape[:-1].numel() >= ROWS and takes(*given) and obstacle(x.device, x.dtype) is None
+
+
+def told(device: torch.device, dtype: torch.dtype) -> str:
+    """Words on which products ``faster`` takes."""
+    why = obstacle(device, dtype)
+    return f"without gradients {ROWS:,} tokens and more by {f'PyTorch ({why})' if why else 'quack-kernels'}"
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What another library's attention gives, against the reference: no kernel is believed because it is known."""
+"""What another library's attention gives, against the reference."""
 
 from __future__ import annotations
 
