@@ -22,7 +22,6 @@ from odit.rates import Link, Rates
 
 GRAPH_SPARE = 2.5  # GiB that a graph's pool may reserve beside what a step's tensors need (0.2 to 2.2 on an H100)
 GIB = 2**30
-DETERMINISTIC = {None: [], True: ["--deterministic"], False: ["--no-deterministic"]}
 REMATS = ("none", "selective", "block")
 
 
@@ -160,7 +159,8 @@ def command(preset: str, found: Forecast, gpus: int, node: int) -> str:
     words = [f"{start} experiments/train.py {preset}", f"--global-batch {run.global_batch}"]
     share = run.global_batch // found.dp
     words += [f"--micro-batch {found.micro_batch}"] * (found.micro_batch != share)
-    words += [f"--precision {run.precision}"] + DETERMINISTIC[run.deterministic]
+    words += [f"--precision {run.precision}"]
+    words += [f"--deterministic {run.deterministic}"] * (run.deterministic is not None)
     words += [f"--parallel.sp {found.sp} --parallel.sequence {found.sequence}"] * (found.sp > 1)
     for name in ("zero", "remat", "offload", "reduce"):
         if getattr(p, name) != getattr(Parallel(), name):

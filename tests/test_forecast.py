@@ -8,6 +8,7 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
+import tyro
 
 from odit import checks, config, data, forecast, memory, pace, plan, random, rates, train
 from odit.bench import forecasts
@@ -253,6 +254,15 @@ def test_commands_name_what_differs_from_the_default():
         "dit-s-2 --global-batch 64 --micro-batch 4 --precision bf16 --parallel.sp 2 --parallel.sequence ulysses "
         "--parallel.zero 3 --parallel.remat block"
     )
+
+
+@pytest.mark.parametrize("deterministic", [None, True, False])
+def test_train_py_takes_the_commands(deterministic):
+    run = dataclasses.replace(PUBLISHED, deterministic=deterministic, parallel=Parallel(dp=4, sp=2, sequence="ulysses"))
+    found = forecast.one(run, checks.expected_shape(run), forecast.Cluster(8, 80, H200, "nvlink"))
+    line = forecast.command("dit-s-2", found, 8, 8)
+    taken = tyro.extras.overridable_config_cli(config.presets(), args=line.split("train.py ")[1].split())
+    assert taken.deterministic is deterministic and (taken.parallel.sp, taken.parallel.sequence) == (2, "ulysses")
 
 
 @pytest.mark.parametrize("name", ["h100", "h200"])

@@ -341,7 +341,9 @@ def test_another_librarys_product_on_a_gpu(dtype):
             error, pytorchs = ((y.double() - exact).norm() for y in (quack.linear(*given), plain(*given)))
             assert quack.faster(*given) and error <= 1.5 * pytorchs
             assert torch.equal(linear(*given), quack.linear(*given))
-        assert torch.equal(torch.func.vmap(lambda x: linear(x, w, b))(x[None])[0], plain(x, w, b))
+        mapped = torch.func.vmap(lambda x: linear(x, w))(x[None])[0]
+        exact = plain(x.double(), w.double())
+        assert (mapped.double() - exact).norm() <= 1.5 * (plain(x, w).double() - exact).norm()
 
 
 @pytest.mark.gpu

@@ -33,8 +33,8 @@ class Train:
     micro_batch: int | None = None
     """Samples a forward pass."""
     ways: tuple[str, ...] = ("reference+nographs", "reference+compile", "fused", "fused+compile")
-    """Kernels (reference, auto, fused), with +compile, +nographs, +any for sums in any order (--no-deterministic), and
-    +block or +selective for what is recomputed."""
+    """Kernels (reference, auto, fused), with +compile, +nographs, +any for sums in any order (--deterministic False),
+    and +block or +selective for what is recomputed."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Dtype of matrix products."""
     steps: int = 10
