@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +55,13 @@ def test_two_runs_of_one_command_agree_bit_for_bit(twice):
     assert metrics(a) == metrics(b) and len(metrics(a)) == 10
     assert same_tensors(state(a, 8), state(b, 8))
     assert (a / "samples" / "step_00000008.png").read_bytes() == (b / "samples" / "step_00000008.png").read_bytes()
+
+
+@pytest.mark.parametrize("micro_batch, at_once", [(4, 4), (None, 32)])
+def test_previews_take_no_more_at_once_than_training(micro_batch, at_once, make_plan, digits, tiny, monkeypatch):
+    monkeypatch.setattr(train_script.sample, "sample", lambda *args, batch: batch)
+    composed = make_plan(tiny, micro_batch=micro_batch)
+    assert train_script.grid(composed, digits, SimpleNamespace(ema=None)) == at_once
 
 
 def test_seeds_differ(twice):

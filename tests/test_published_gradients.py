@@ -1,0 +1,81 @@
+"""Gradients of published models on a GPU at their own widths and lengths, whatever kernels a run takes there."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import redraw
+
+from odit import config, data, ops, plan, random, train, tree
+from odit.data import loader
+
+KEY = random.key(21)
+NOISE = 2.0  # times the error of the reference: attention of FlashAttention's kind has 1.7 for thousands of tokens
+LEAST = 0.01  # of a leaf
+MODELS = [("dit-xl-2", 8), ("dit-b-2", 8), ("vdit-xl-1x2x2", 1), ("latte-xl-1x2x2", 1)]
+
+
+def leaves_of(run):
+    """Gradients of a run's first batch by path, in fp64 on the CPU, and the words on its kernels."""
+    dataset = data.open_dataset(run.data)
+    composed = plan.make(run, dataset)
+    params = tree.map(lambda x: x.to(composed.device), redraw(composed.declared, dtype=torch.float32, std=0.02))
+    (batch,) = loader.batches(dataset, KEY, global_batch=run.global_batch, stop=1)
+    _, grads, _ = train.gradients(composed, params, batch, KEY)
+    return {path: leaf.double().cpu() for path, leaf in tree.items(grads)}, "; ".join(composed.notes)
+
+
+def worst(run, **changes):
+    """The largest error of a leaf by the run's kernels, in units of what rounding may do to it."""
+    runs = [dict(kernels="reference", precision="fp32"), dict(kernels="reference"), dict(kernels="auto")]
+    (exact, _), (eager, _), (found, told) = (leaves_of(dataclasses.replace(run, **changes, **how)) for how in runs)
+    off = {}
+    for name, leaf in exact.items():
+        allowed = max(NOISE * (eager[name] - leaf).norm(), LEAST * leaf.norm())
+        off[name] = float((found[name] - leaf).norm() / allowed)
+    return max((size, name) for name, size in off.items()), told
+
+
+def two_blocks(preset, batch, **changes):
+    run = config.presets()[preset][1]
+    model = dataclasses.replace(run.model, depth=2)
+    return dataclasses.replace(
+        run, model=model, global_batch=batch, micro_batch=None, precision="bf16", evaluate=False, **changes
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("repeats", [None, False])
+@pytest.mark.parametrize("preset, batch", MODELS)
+def test_gradients_of_published_models(preset, batch, repeats):
+    """Every leaf, in bf16."""
+    (size, name), told = worst(two_blocks(preset, batch, deterministic=repeats, device="cuda"))
+    assert size <= 1, f"{name}: {size:.1f} times what rounding explains ({told})"
+
+
+class Noise(torch.autograd.Function):
+    """A gradient of its size that has nothing to do with it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return random.normal(KEY, dx.shape).to(dx.dtype) * dx.std()
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_a_wrong_gradient_of_queries_is_seen(spoilt, monkeypatch):
+    """On a CPU, where ``auto`` is the reference: attention alone is another one."""
+    kernels_of = plan.kernels_of
+
+    def kernels(run, *args):
+        record, told = kernels_of(run, *args)
+        if spoilt and run.kernels == "auto":
+            record = dataclasses.replace(record, attend=lambda q, k, v: ops.attend(Noise.apply(q), k, v))
+        return record, told
+
+    monkeypatch.setattr(plan, "kernels_of", kernels)
+    (size, name), _ = worst(two_blocks("digits", 8, device="cpu"))
+    assert (size > 5 and name.endswith("qkv.w")) if spoilt else size <= 0.5
