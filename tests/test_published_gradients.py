@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import redraw
+from conftest import normal
 
 from odit import config, data, ops, plan, random, train, tree
 from odit.data import loader
+from odit.parallel import spec
 
 KEY = random.key(21)
 NOISE = 2.0  # times the error of the reference: attention of FlashAttention's kind has 1.7 for thousands of tokens
@@ -19,10 +20,21 @@ def leaves_of(run):
     """Gradients of a run's first batch by path, in fp64 on the CPU, and the words on its kernels."""
     dataset = data.open_dataset(run.data)
     composed = plan.make(run, dataset)
-    params = tree.map(lambda x: x.to(composed.device), redraw(composed.declared, dtype=torch.float32, std=0.02))
+    params = weights(composed)
     (batch,) = loader.batches(dataset, KEY, global_batch=run.global_batch, stop=1)
     _, grads, _ = train.gradients(composed, params, batch, KEY)
     return {path: leaf.double().cpu() for path, leaf in tree.items(grads)}, "; ".join(composed.notes)
+
+
+def weights(composed):
+    """A first state's, with noise where they are 0: else a block is the identity. Drawn where they are used."""
+    layout = composed.layout
+    first = spec.init(composed.declared, KEY, layout.specs, layout.axis, composed.device)
+
+    def leaf(path, p):
+        return p if p.any() else 0.02 * normal(random.fold_in(KEY, path), p.shape, p.device)
+
+    return tree.map_with_path(leaf, first)
 
 
 def worst(run, **changes):
