@@ -364,18 +364,18 @@ def test_exit_codes(error, code, capsys):
 
 @pytest.mark.slow
 def test_help_comes_within_a_second_of_importing_torch():
-    """In processor time: wall time on an idle machine, and hardly more on a busy one; the best of three is warm."""
+    """A second where importing torch takes two, in processor time, the best of four in turns: a machine may be slow, or
+    slower for a while."""
 
-    def least(*command):
-        seconds = []
-        for _ in range(3):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run([sys.executable, *command], capture_output=True, check=True)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        return min(seconds)
+    def seconds(*command):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *command], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert least(str(ROOT / "experiments" / "train.py"), "--help") < 1 + least("-c", "import torch")
+    help_ = [str(ROOT / "experiments" / "train.py"), "--help"]
+    found = [(seconds(*help_), seconds("-c", "import torch")) for _ in range(4)]
+    assert min(help_s for help_s, _ in found) < 1.5 * min(torch_s for _, torch_s in found)
 
 
 def test_the_command_line():
