@@ -21,6 +21,7 @@ from torch import Tensor
 
 from odit import ops as reference
 from odit.kernels import flash4
+from odit.kernels.trial import plain
 from odit.ops import Ops
 
 HALF = (torch.float16, torch.bfloat16)
@@ -43,11 +44,6 @@ class Backend:
 
 
 # --- PyTorch's ---
-
-
-def plain(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
-    """The reference, with a scale."""
-    return reference.attend(q_BLHK * (scale * q_BLHK.shape[-1] ** 0.5), k_BLHK, v_BLHK)
 
 
 def sdpa(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:

@@ -65,7 +65,7 @@ def library() -> Any:
 
 
 def linear(x: Tensor, w_NK: Tensor, b_N: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.linear``, without gradients."""
+    """``torch.nn.functional.linear`` of x (..., K), without gradients: (..., N)."""
     x_MK = x.flatten(0, -2)
     y = x.new_empty(len(x_MK), len(w_NK))
     library().plain(aligned(x_MK), aligned(w_NK).t(), y, bias=None if b_N is None else aligned(b_N))

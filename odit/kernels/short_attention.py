@@ -32,6 +32,7 @@ from torch import Tensor
 from odit import ops
 from odit.kernels.function import by_rows, empty, entry, served
 from odit.kernels.launch import launch
+from odit.kernels.trial import plain
 
 WIDEST = 128  # columns of a head
 LONGEST = 1024  # tokens; every length is compiled for itself
@@ -362,11 +363,6 @@ def backward(
             SPANS=spans, QUERIES=queries, KEYS=keys, **how,
         )  # fmt: skip
     return d, delta
-
-
-def plain(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
-    """The reference, with a scale."""
-    return ops.attend(q_BLHK * (scale * q_BLHK.shape[-1] ** 0.5), k_BLHK, v_BLHK)
 
 
 def plain_backward(

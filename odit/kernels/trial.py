@@ -1,4 +1,4 @@
-"""What another library's attention gives, against the reference."""
+"""The reference of attention at any scale, and what another library's gives against it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import Tensor
 from odit import ops
 
 
+def plain(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
+    """The reference, with a scale."""
+    return ops.attend(q_BLHK * (scale * q_BLHK.shape[-1] ** 0.5), k_BLHK, v_BLHK)
+
+
 def errors(
     attend: Callable[[Tensor, Tensor, Tensor, float], Tensor], qkv_BLHK: Sequence[Tensor], do_BLHK: Tensor, scale: float
 ) -> dict[str, float]:
     """Relative errors of o, dq, dk and dv by ``attend(q, k, v, scale)``, against the reference in fp64."""
-
-    def plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return ops.attend(q * (scale * q.shape[-1] ** 0.5), k, v)
 
     def run(attend: Callable, dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in qkv_BLHK]
