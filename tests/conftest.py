@@ -67,6 +67,13 @@ def redraw(declared, key=random.key(11), dtype=torch.float64, std=0.1):
     return tree.map_with_path(leaf, declared)
 
 
+def need(why):
+    """Skips the test if there is a reason ``why`` something is not there; what is there must load and be right."""
+    if why:
+        assert not any(word in why for word in ("cannot", "needs", "wrong")), why
+        pytest.skip(why)
+
+
 def normal(key, shape, device="cpu"):
     """``random.normal`` drawn where it is used: on a GPU by the kernel with its bits (test_draws.py), as millions of
     values take a CPU seconds, and the steps of ``random.normal`` ten times the memory."""

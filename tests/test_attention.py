@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import redraw
+from conftest import need, redraw
 
 from odit import nn, ops, random, tree
 from odit.kernels import attention, flash4
@@ -228,13 +228,6 @@ def test_sums_of_dq_are_read_as_they_were_written(writes, width):
     assert interface._bwd_postprocess_convert.compile_cache == {}
 
 
-def serves(backend, K):
-    """Skips where the library is not there; what is there must be right."""
-    if why := backend.obstacle(torch.device("cuda"), torch.bfloat16, K):
-        assert "cannot" not in why and "wrong" not in why
-        pytest.skip(why)
-
-
 def numbers(fn, draws, dtype):
     """What it gives and the gradients of all draws but the last, which is the cotangent."""
     *leaves, dy = [x.to(H200, dtype) for x in draws]
@@ -249,7 +242,7 @@ def numbers(fn, draws, dtype):
 def test_backends_against_fp64(name, B, L, K):
     """Error no more than 1.5 times that of the reference in the same dtype, output and gradients."""
     backend = attention.BACKENDS[name]
-    serves(backend, K)
+    need(backend.obstacle(H200, torch.bfloat16, K))
     draws = [random.normal(random.fold_in(KEY, part), (B, L, 3, K)).bfloat16() for part in "qkvd"]
     exact, eager = numbers(ops.attend, draws, torch.float64), numbers(ops.attend, draws, torch.bfloat16)
     found = numbers(lambda q, k, v: backend.attend(q, k, v, K**-0.5), draws, torch.bfloat16)
@@ -266,7 +259,7 @@ def test_the_table_against_fp64(entry):
     the sums of o do over an o in half precision, which thousands of tokens show (1.7 times the reference's error).
     """
     backend, K, H, L = attention.BACKENDS[entry.backend], entry.size, 2, max(entry.least, 256) + 44  # no whole tiles
-    serves(backend, entry.wide)
+    need(backend.obstacle(H200, torch.bfloat16, entry.wide))
     shapes = {"h": (2, L, H * K), "w": (3, H, K, H * K), "b": (3, H, K), "out": (H * K, H, K), "bias": (H * K,)}
     scales = {"w": (H * K) ** -0.5, "out": (H * K) ** -0.5}
     draws = [

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import normal
+from conftest import need, normal
 
 from odit import ops, random, remat
 from odit.kernels import bias_gelu, gelu_mlp, quack
@@ -196,13 +196,6 @@ def test_a_library_that_is_not_there_is_named(monkeypatch):
     assert found.mlp is gelu_mlp.lean_mlp and line == "GELU in the products of the mlp (quack-kernels)"
 
 
-def serves(dtype, mlp=MLP):
-    """Skips where the library is not there; what is there must load."""
-    if why := gelu_mlp.obstacle(torch.device("cuda"), dtype, mlp):
-        assert "cannot" not in why and "needs" not in why
-        pytest.skip(why)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("precision", HALF)
@@ -210,7 +203,7 @@ def serves(dtype, mlp=MLP):
 def test_numbers_on_a_gpu(site, precision, B, L, D):
     """At most 1.5 times the error of eager, and the same bits twice."""
     device, dtype = torch.device("cuda"), HALF[precision]
-    serves(dtype, gelu_mlp.Mlp("gelu", D, 4 * D))
+    need(gelu_mlp.obstacle(device, dtype, gelu_mlp.Mlp("gelu", D, 4 * D)))
     args = drawn(B, L, D, 4 * D, dtype, device)
     h, p, dy = args
     exact = everything(
@@ -227,7 +220,7 @@ def test_numbers_on_a_gpu(site, precision, B, L, D):
 def test_pictures_on_a_gpu(precision):
     """Without gradients, of many rows and of few."""
     dtype = HALF[precision]
-    serves(dtype)
+    need(gelu_mlp.obstacle(torch.device("cuda"), dtype, MLP))
     for L in (16, gelu_mlp.LEAST, quack.ROWS):
         h, p, _ = drawn(2, L, 128, 512, dtype, "cuda")
         double = {layer: {name: x.double() for name, x in found.items()} for layer, found in p.items()}
@@ -239,7 +232,7 @@ def test_pictures_on_a_gpu(precision):
 @pytest.mark.gpu
 def test_part_of_a_weight_on_a_gpu():
     """As a rank of megatron has it: rows of fc1 and columns of fc2, the last ones where no row may start."""
-    serves(torch.bfloat16)
+    need(gelu_mlp.obstacle(torch.device("cuda"), torch.bfloat16, MLP))
     h, p, dy = drawn(2, 64, 128, 512, torch.bfloat16, "cuda")
     for part in (slice(0, 256), slice(256, 512), slice(4, 260)):
         mine = {

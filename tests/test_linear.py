@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import normal
+from conftest import need, normal
 from test_remat import Counts
 
 from odit import memory, ops, random, remat, tree
@@ -333,7 +333,7 @@ def test_another_librarys_product_is_taken_without_gradients_where_it_is_faster(
 def test_another_librarys_product_on_a_gpu(dtype):
     """Error at most 1.5 times PyTorch's, the same bits twice, and it is taken, but not where something maps over it."""
     x, w, b = layer(2, quack.ROWS, 1152, 3456, dtype=dtype, device="cuda")
-    has_quack(dtype)
+    need(quack.obstacle(torch.device("cuda"), dtype))
     w = w / 34
     with torch.no_grad():
         for given in ((x, w, b), (x, w), (x, w[192:])):
@@ -351,12 +351,6 @@ def test_another_librarys_product_on_a_gpu(dtype):
 def test_another_librarys_product_has_pytorchs_bits(K, N):
     """For the layers of DiT-XL/2: the first pass of ``remat block`` takes one, the second the other."""
     x, w, b = layer(2, quack.ROWS // 2, K, N, dtype=BF16, device="cuda")
-    has_quack(BF16)
+    need(quack.obstacle(torch.device("cuda"), BF16))
     with torch.no_grad():
         assert torch.equal(quack.linear(x, w, b), plain(x, w, b))
-
-
-def has_quack(dtype):
-    if why := quack.obstacle(torch.device("cuda"), dtype):
-        assert "cannot" not in why and "needs" not in why
-        pytest.skip(why)

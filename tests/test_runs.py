@@ -364,8 +364,8 @@ def test_exit_codes(error, code, capsys):
 
 @pytest.mark.slow
 def test_help_comes_within_a_second_of_importing_torch():
-    """A second where importing torch takes two, in processor time, the best of four in turns: a machine may be slow, or
-    slower for a while."""
+    """In processor time: wall time on an idle machine, and hardly more on a busy one; the best of four, in turns, as a
+    machine may be slower for a while."""
 
     def seconds(*command):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -375,7 +375,7 @@ def test_help_comes_within_a_second_of_importing_torch():
 
     help_ = [str(ROOT / "experiments" / "train.py"), "--help"]
     found = [(seconds(*help_), seconds("-c", "import torch")) for _ in range(4)]
-    assert min(help_s for help_s, _ in found) < 1.5 * min(torch_s for _, torch_s in found)
+    assert min(help_s for help_s, _ in found) < 1 + min(torch_s for _, torch_s in found)
 
 
 def test_the_command_line():
