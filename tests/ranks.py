@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from odit.parallel import mesh
 
-TIMEOUT_S = 20.0  # of a case; gloo's own is longer, so that the parent tells where the ranks are
+TIMEOUT_S = 60.0  # of a case; gloo's own is longer, so that the parent tells where the ranks are
 GRACE_S = 1.0  # what the other ranks have once one has failed; they wait for it in a collective, most likely
 START_S, START_NUM = 120.0, 4
 
