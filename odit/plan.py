@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from odit import checks, compiling, data, diffusion, finetune, models, remat, tree
+from odit import checks, compiling, data, diffusion, finetune, graphs, models, remat, tree
 from odit import front as fronts
 from odit.choice import DTYPES, kernels_of
 from odit.config import Parallel, Run
@@ -356,8 +356,10 @@ def describe(plan: Plan) -> str:
     condition = f"captions of {shape.text_length} tokens" if shape.text_length else condition
     choices = list(plan.notes)
     if plan.device.type == "cuda":
-        why = plan.graph_obstacle
-        choices.append(f"graphs: none ({why})" if why else "graphs: forward and backward of a micro-batch are one")
+        why, num = plan.graph_obstacle, len(plan.sizes)
+        some = f", for the first {graphs.MOST} of {num} sizes that come" if num > graphs.MOST else ""
+        told = f"none ({why})" if why else f"forward and backward of a micro-batch are one{some}"
+        choices.append(f"graphs: {told}")
     lines = [
         f"model: {'Latte' if cfg.arch == 'latte' else 'DiT'} width {cfg.width}, depth {cfg.depth}, heads {cfg.heads}, "
         f"patch {patch}: {total / 1e6:.2f} M parameters ({trainable / 1e6:.2f} M trained), "

@@ -40,6 +40,11 @@ def test_the_table_is_read_and_told(hopper, size, length, widens, backend, wide,
     assert re.search(told, found.told)
 
 
+def test_what_was_measured_and_cannot_run_is_told(hopper):
+    told = attention.choose(H200, torch.float32, 72, 256).told
+    assert "PyTorch's choice of attention (not " in told and "float32 is not half precision)" in told
+
+
 @pytest.mark.parametrize(
     "size, length, repeats, backend",
     [
@@ -248,6 +253,17 @@ def test_backends_against_fp64(name, B, L, K):
     found = numbers(lambda q, k, v: backend.attend(q, k, v, K**-0.5), draws, torch.bfloat16)
     for a, b, c in zip(found, eager, exact, strict=True):
         assert (a - c).norm() <= 1.5 * (b - c).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name, K", [("flash4", 64), ("flash4", 80), ("triton", 72)])
+def test_backward_repeats_where_that_is_told(name, K):
+    backend, L = attention.BACKENDS[name], 2048 if name == "flash4" else 256
+    assert backend.repeats
+    need(backend.obstacle(H200, torch.bfloat16, K))
+    draws = [random.normal(random.fold_in(KEY, part), (4, L, 8, K)).bfloat16() for part in "qkvd"]
+    first, second = (numbers(lambda q, k, v: backend.attend(q, k, v, K**-0.5), draws, torch.bfloat16) for _ in "ab")
+    assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.gpu

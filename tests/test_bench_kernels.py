@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from odit.bench import kernels, optimizer, rates, sequence, table, train, zero
+from odit.bench import attention, kernels, optimizer, rates, sample, sequence, table, train, zero
 
 pytest.importorskip("triton")
 
@@ -84,6 +84,36 @@ def test_stages_that_are_none_are_refused_before_any_is_measured(word, capsys):
 def test_steps_without_a_measured_one_are_refused(measure, cfg, changes):
     with pytest.raises(ValueError, match=r"^steps is \d+ and warmup -?\d+: use 1 or more measured steps"):
         measure(cfg(preset="digits", **changes))
+
+
+@pytest.mark.parametrize(
+    "measure, cfg, name",
+    [
+        (kernels.kernels, kernels.Kernels, "repeats"),
+        (attention.attention_rows, attention.Attention, "steps"),
+        (sample.sample_rows, sample.Sample, "repeats"),
+    ],
+)
+def test_medians_of_nothing_are_refused(measure, cfg, name, capsys):
+    with pytest.raises(ValueError, match=rf"^{name} is 0: use 1 or more"):
+        measure(cfg(**{name: 0}, device="cpu"))
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", ["8x4096x16", "8x4096x16x", "8x4096x16x0", "axbxcxd"])
+def test_shapes_that_are_none_are_refused_before_any_is_measured(shape, capsys):
+    with pytest.raises(ValueError, match=rf"^shapes has '{shape}': write batch x tokens x heads x head size"):
+        attention.attention_rows(attention.Attention(shapes=("1x2x1x8", shape), backends=("plain",), device="cpu"))
+    assert not capsys.readouterr().out
+
+
+def test_rows_of_pictures_tell_what_was_taken(capsys):
+    way = "auto+graphs"
+    sample.sample_rows(sample.Sample("digits", (1,), (way,), solver="euler", steps=1, repeats=1, device="cpu"))
+    row = json.loads(capsys.readouterr().out)
+    assert row["way"] == way and row["s"] > 0
+    assert "kernels: reference (auto; no fused ones: " in row["taken"]
+    assert row["taken"].endswith("; graphs: none (the device is cpu)")
 
 
 @pytest.mark.parametrize("changes", [{"sp": (2, 0)}, {"lengths": (0,)}, {"frames": 0}, {"batch": -1}])

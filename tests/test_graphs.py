@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import redraw
 
-from odit import checks, data, footprint, graphs, plan, random, sample, train, tree
+from odit import checks, data, diffusion, footprint, graphs, plan, random, sample, train, tree
 from odit.config import Guidance, Parallel, Sampling
 from odit.data import loader
 from odit.models import dit
@@ -124,6 +124,15 @@ def test_what_cannot_be_a_graph(tiny, world, settings, why):
     assert told.graph_obstacle == "--no-graphs" if "graphs" in settings else "the device is cpu" == told.graph_obstacle
 
 
+@pytest.mark.parametrize(
+    "num, told", [(4, "micro-batch are one"), (5, "are one, for the first 4 of 5 sizes that come")]
+)
+def test_sizes_beyond_the_graphs_that_are_kept_are_told(make_plan, tiny, num, told):
+    composed = dataclasses.replace(make_plan(tiny), device=torch.device("cuda"), sizes=((8, 8),) * num)
+    (line,) = [line for line in plan.describe(composed).splitlines() if line.startswith("graphs")]
+    assert line.endswith(told)
+
+
 @pytest.mark.every(3)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -170,10 +179,33 @@ def test_pictures_are_those_without_graphs(make_plan, tiny, precision, solver, s
     run = make_plan(tiny, device="cuda", precision=precision)
     params = tree.map(lambda x: x.cuda(), redraw(run.declared, dtype=torch.float32))
     few = Sampling(solver, steps, Guidance(2.0, interval=(0.2, 0.9)))
+    assert sample.graph_obstacle(run, few) is None
     labels = torch.arange(7) % 10
     found = sample.sample(run, params, labels, KEY, sampling=few, batch=4)
     monkeypatch.setattr(graphs, "captured", lambda fn: fn)
     assert torch.equal(found, sample.sample(run, params, labels, KEY, sampling=few, batch=4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_graphs", [False, True])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++"])
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_no_step_waits_for_the_gpu(make_plan, tiny, solver, by_graphs):
+    few = Sampling(solver, 4, Guidance(2.0), graphs=by_graphs)
+    run = make_plan(tiny, device="cuda", precision="bf16", diffusion=diffusion.Config("eps"), sampling=few)
+    params = tree.map(lambda x: x.cuda(), redraw(run.declared, dtype=torch.float32))
+    pictures = sample.drawer(run, params)(torch.arange(4), KEY, progress=unwaited)
+    assert pictures(torch.arange(4)).isfinite().all()
+
+
+def unwaited(steps):
+    """Solver steps, after the first of which (where kernels are compiled and graphs captured) waiting is an error."""
+    for i in steps:
+        torch.cuda.set_sync_debug_mode("error" if i else "default")
+        try:
+            yield i
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from odit import checks, plan, random
-from odit.bench.common import device_name
+from odit.bench.common import check_repeats, device_name
 from odit.bench.kernels import milliseconds
 from odit.kernels import attention, trial
 
 KEY = random.key(0)
+Shape = tuple[int, int, int, int]  # B, L, H, K
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class Attention:
     """Batch x tokens x heads x head size."""
     wide: tuple[int, ...] = (0, 80)
     """Head sizes to make heads of 72 as wide as, by zero columns that are in no time; 0 is as they are."""
-    backends: tuple[str, ...] = ("sdpa", "flash2", "cudnn", "flash4")
+    backends: tuple[str, ...] = ("sdpa", "flash2", "cudnn", "flash4", "flash4_any", "triton")
     """Libraries (plain is the reference)."""
-    precision: str = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Dtype."""
     steps: int = 20
     """Measured calls; the row has their median."""
@@ -40,19 +42,28 @@ def attention_rows(cfg: Attention) -> None:
     for name in cfg.backends:
         if name not in attention.BACKENDS:
             raise ValueError(f"backends has {name!r}: use {', '.join(attention.BACKENDS)}")
-    device = checks.pick_device(cfg.device)
-    for shape in cfg.shapes:
-        B, L, H, K = map(int, shape.split("x"))
+    check_repeats("steps", cfg.steps)
+    device, shapes = checks.pick_device(cfg.device), [parse(shape) for shape in cfg.shapes]
+    for told, shape in zip(cfg.shapes, shapes):
+        K = shape[3]
         for wide in cfg.wide:
             if wide and (K != 72 or wide <= K):
                 continue
             for name in cfg.backends:
-                row = row_of(cfg, attention.BACKENDS[name], device, (B, L, H, K), wide or K)
-                print(json.dumps({"name": "attention", "backend": name, "shape": shape, **row}), flush=True)
+                row = row_of(cfg, attention.BACKENDS[name], device, shape, wide or K)
+                print(json.dumps({"name": "attention", "backend": name, "shape": told, **row}), flush=True)
+
+
+def parse(shape: str) -> Shape:
+    """Reads "8x4096x16x72"; raises ValueError."""
+    if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*){3}", shape):
+        raise ValueError(f"shapes has {shape!r}: write batch x tokens x heads x head size, such as 8x4096x16x72")
+    B, L, H, K = map(int, shape.split("x"))
+    return B, L, H, K
 
 
 def row_of(
-    cfg: Attention, backend: attention.Backend, device: torch.device, shape: tuple[int, int, int, int], wide: int
+    cfg: Attention, backend: attention.Backend, device: torch.device, shape: Shape, wide: int
 ) -> dict[str, Any]:
     """Times forward, and forward with backward."""
     (B, L, H, K), dtype = shape, plan.DTYPES[cfg.precision]
@@ -81,7 +92,7 @@ def row_of(
     }
 
 
-def _draw(part: str, shape: tuple[int, int, int, int], wide: int, device: torch.device) -> Tensor:
+def _draw(part: str, shape: Shape, wide: int, device: torch.device) -> Tensor:
     """(B, L, H, wide) with zeros from K on; drawn once for a sample of each of 8, for the sake of time."""
     B, L, H, K = shape
     x = random.normal(random.fold_in(KEY, part), (min(B, 2), L, H, K)).to(device)

@@ -49,6 +49,12 @@ def check_steps(steps: int, warmup: int) -> None:
         )
 
 
+def check_repeats(name: str, repeats: int) -> None:
+    """Raises ValueError where nothing would be measured."""
+    if repeats < 1:
+        raise ValueError(f"{name} is {repeats}: use 1 or more, of which a row has the median")
+
+
 def clear_peaks(device: torch.device) -> None:
     """Peaks of memory count from here."""
     gc.collect()  # a plan and its graphs refer to each other, and hold the memory of a step

@@ -14,7 +14,7 @@ import torch
 from odit import config, data, plan, random, tree
 from odit import sample as sampling
 from odit.bench import train
-from odit.bench.common import clear_peaks, device_name, now, peak, preset
+from odit.bench.common import check_repeats, clear_peaks, device_name, now, peak, preset
 from odit.parallel import spec
 
 
@@ -45,7 +45,9 @@ class Sample:
 
 
 def sample_rows(cfg: Sample) -> None:
-    """Prints a row a way and number of pictures: seconds of a draw, of the first one, peak memory."""
+    """Prints a row a way and number of pictures: seconds of a draw, of the first one, peak memory, and what was taken:
+    a way that cannot be had says so."""
+    check_repeats("repeats", cfg.repeats)
     for way in cfg.ways:
         run = run_of(cfg, way)
         torch._dynamo.reset()
@@ -67,6 +69,7 @@ def sample_rows(cfg: Sample) -> None:
                 "steps": cfg.steps,
                 "precision": cfg.precision,
                 "device": device_name(composed.device),
+                "taken": taken(composed, run),
                 "s": round(statistics.median(times[1:]), 4),
                 "start_s": round(times[0], 2),
                 "peak_gib": round(peak(composed.device) / 2**30, 2),
@@ -76,6 +79,13 @@ def sample_rows(cfg: Sample) -> None:
             if cfg.profile:
                 slowest = train.slowest(functools.partial(draw, labels, key), cfg.profile)
                 print(json.dumps({"name": "sample kernels", "way": way, "images": num, "kernels": slowest}), flush=True)
+
+
+def taken(composed: plan.Plan, run: config.Run) -> str:
+    """Words on kernels, compilation and graphs."""
+    why = sampling.graph_obstacle(composed, run.sampling)
+    told = [line for line in composed.notes if line.startswith(("kernels", "compile"))]
+    return "; ".join([*told, f"graphs: none ({why})" if why else "graphs: a step is one"])
 
 
 def weights(composed: plan.Plan) -> tree.Tree:

@@ -111,7 +111,7 @@ def measure(cfg: Train, run: config.Run, clear: Callable[[], None] | None = None
     row = {
         "micro_batch": composed.micro_batch,
         "device": device_name(composed.device),
-        "kernels": next(line for line in composed.notes if line.startswith("kernels")),
+        "kernels": "; ".join(line for line in composed.notes if line.startswith(("kernels", "compile"))),
         "ms": round(ms, 2),
         "samples_per_s": round(1e3 * cfg.batch / ms, 1),
         "tflops": round(flops / ms / 1e9, 1),

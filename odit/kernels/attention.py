@@ -212,12 +212,12 @@ def choose(
             continue
         wider = f", heads of {size} as {entry.wide}" if entry.wide != size else ""
         return Choice(backend, entry.wide, f"{backend.told}{wider} (measured: {entry.told}{passed}){_told(backend)}")
+    reason = passed.removeprefix("; ") or f"head size {size} was not measured"
     if not repeats:
-        told = f"PyTorch's choice of attention (head size {size} was not measured{passed})"
-        return Choice(BACKENDS["sdpa"], size, told + _told(BACKENDS["sdpa"]))
+        return Choice(BACKENDS["sdpa"], size, f"{BACKENDS['sdpa'].told} ({reason}){_told(BACKENDS['sdpa'])}")
     own = BACKENDS["triton"]
     if (why := own.obstacle(device, dtype, size) or _too_long(length)) is None:
-        return Choice(own, size, f"{own.told} (head size {size} was not measured{passed})")
+        return Choice(own, size, f"{own.told} ({reason})")
     raise ValueError(
         f"deterministic is given, and no attention here repeats bit for bit for {length} tokens in heads of {size} "
         f"({own.told}: {why}{passed}): install flash-attn-4 where it serves, use --kernels reference, or leave "
