@@ -3,7 +3,8 @@
 import dataclasses
 
 import pytest
-from conftest import normal
+import torch
+from conftest import need, normal
 
 from odit import config, data, ops, plan, random, train, tree
 from odit.data import loader
@@ -12,7 +13,14 @@ from odit.parallel import spec
 KEY = random.key(21)
 NOISE = 2.0  # times the error of the reference: attention of FlashAttention's kind has 1.7 for thousands of tokens
 LEAST = 0.01  # of a leaf
-MODELS = [("dit-xl-2", 8), ("dit-b-2", 8), ("vdit-xl-1x2x2", 1), ("latte-xl-1x2x2", 1)]
+MISSING = ("flash-attn-4 is not installed", "quack-kernels is not installed")
+SHORT = "odit's kernel for short samples"
+MODELS = [
+    ("dit-xl-2", 8, SHORT),
+    ("dit-b-2", 8, SHORT),
+    ("vdit-xl-1x2x2", 1, "flash-attn 4"),
+    ("latte-xl-1x2x2", 1, SHORT),
+]  # and the attention that Hopper has for them
 
 
 def leaves_of(run):
@@ -57,11 +65,15 @@ def two_blocks(preset, batch, **changes):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("repeats", [None, False])
-@pytest.mark.parametrize("preset, batch", MODELS)
-def test_gradients_of_published_models(preset, batch, repeats):
-    """Every leaf, in bf16."""
+@pytest.mark.parametrize("preset, batch, attention", MODELS)
+def test_gradients_of_published_models(preset, batch, attention, repeats):
+    """Every leaf, in bf16, by the kernels that are meant."""
     (size, name), told = worst(two_blocks(preset, batch, deterministic=repeats, device="cuda"))
     assert size <= 1, f"{name}: {size:.1f} times what rounding explains ({told})"
+    assert "kernels: fused (auto)" in told
+    if torch.cuda.get_device_capability() == (9, 0):
+        need(next((why for why in MISSING if why in told), None))
+        assert f"; {attention}" in told and "GELU in the products" in told, told
 
 
 def with_noise(x):
