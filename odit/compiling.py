@@ -17,6 +17,7 @@ from odit import tree
 from odit.ops import Ops
 
 BACKEND: Any = "inductor"
+VERSIONS = 256  # of a block that are kept, one a shape
 EAGER = ("odit.parallel", "odit.tree")  # code that ends a graph: what passes between ranks, and what it calls
 
 
@@ -33,11 +34,11 @@ def compiled(ops: Ops) -> Ops:
 def compiled_block(block: Callable, backend: Any) -> Callable:
     """``block(p, x, *args)``, compiled at its first call with gradients and at its first without.
 
-    With gradients shapes are those of a micro-batch, always the same. Without, the number of samples is left open: dim
-    0 of x and of tensors among ``args``; tables in tuples, like weights, have no samples. One sample is a shape of its
-    own, as torch.compile will have it.
+    With gradients shapes are those of a micro-batch, of each bucket always the same. Without, the number of samples is
+    left open: dim 0 of x and of tensors among ``args``; tables in tuples, like weights, have no samples. One sample is
+    a shape of its own, as torch.compile will have it.
     """
-    _leave_eager()
+    _prepare()
     training = torch.compile(block, backend=backend, dynamic=False)
     inference = torch.compile(block, backend=backend, dynamic=True)
 
@@ -60,13 +61,15 @@ def _fixed(x: Tensor, first: int) -> Tensor:
 
 
 @functools.cache
-def _leave_eager() -> None:
-    """Has torch.compile end its graph at every call of code under ``EAGER``, and compile what that calls on its own.
-
+def _prepare() -> None:
+    """Has torch.compile end its graph at every call of code under ``EAGER``, and compile what that calls on its own;
     torch.compiler.disable on each function would cost every run the 1.5 s that loading the compiler takes.
+
+    It keeps ``VERSIONS`` of a block: beyond its own 8, which is a few buckets, blocks would not be compiled any more.
     """
     import torch._dynamo
 
+    torch._dynamo.config.recompile_limit = VERSIONS
     for package in EAGER:
         torch._dynamo.trace_rules.add(package)
 

@@ -128,6 +128,17 @@ def test_a_run_compiles_its_blocks_twice(ranks, world):
         assert graphs == [*first, 2, 2, 2]
 
 
+def test_each_bucket_is_compiled_however_many_there_are(by_aot):
+    block = compiling.compiled_block(lambda p, x, c: x * p["w"] + c[:, None], counted)
+    p, lengths = {"w": torch.randn(8, requires_grad=True)}, range(4, 14)
+    for length in lengths:
+        x, c = torch.randn(3, length, 8), torch.randn(3, 8)
+        taped = block(p, x, c)
+        with torch.no_grad():
+            assert torch.equal(taped, block(p, x, c))
+    assert len(GRAPHS) == 2 * len(lengths) and len(CALLS) == len(GRAPHS)
+
+
 def test_more_blocks_are_compiled_no_more_often(by_aot):
     for depth in (1, 6):
         torch._dynamo.reset()
