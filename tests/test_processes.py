@@ -15,6 +15,7 @@ import graphed
 import pytest
 import torch
 import torch.distributed as dist
+from test_clips import write_clip
 
 from odit import checkpoint, crash, health, manifest, saving
 from odit.health import NumericError
@@ -160,6 +161,81 @@ def test_a_stopped_rank_ends_the_job_and_is_named(tmp_path):
     (line,) = errors([log.read_text()])
     assert re.match(r"error: no step in 5 s on rank [013]: rank 2 of 4 does not answer, ranks? ", line), line
     assert exits(tmp_path / "run") == 3 * [{"code": 7, "reason": line.removeprefix("error: ")}]
+
+
+# ------------------------------------------------------------------------------------------- processes that read data
+
+ORPHANS = """
+import sys, time
+from pathlib import Path
+import torch
+from odit import random
+from odit.data import BadSample, clips, loader
+
+here, decoder = Path(__file__).parent, clips.Decoder()
+
+class Hanging:
+    train_ids = torch.arange(9)
+
+    def read(self, ids, key):
+        try:
+            clips.probe(here / "none.mp4", decoder)
+        except BadSample:  # the decoder has come
+            (here / "reading").touch()
+            clips.probe(here / "hanging.mp4", decoder)
+
+if __name__ == "__main__":  # one share, so that one of the workers is never asked for any
+    next(loader.batches(Hanging(), random.key(5), global_batch=1, stop=1, workers=2))
+elif sys.argv[1] == "importing":  # a worker, as it unpickles the class
+    (here / "importing").touch()
+    while not (here / "alone").exists():
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("does", ["importing", "reading"])
+def test_workers_and_decoders_end_with_their_parent(tmp_path, does):
+    """Whatever a worker does: it still starts, it waits for work, or for a decoder that hangs."""
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+    os.mkfifo(tmp_path / "hanging.mp4")  # nobody writes to it: whoever opens it waits
+    with marked(tmp_path) as env:
+        parent = subprocess.Popen([sys.executable, str(tmp_path / "orphans.py"), does], cwd=ROOT, env=env)
+        assert wait_until((tmp_path / does).exists, START_S)
+        time.sleep(0.3)  # what was asked of the decoder is under way
+        left = set(processes(tmp_path)) - {parent.pid}
+        parent.kill()
+        parent.wait()
+        (tmp_path / "alone").touch()
+        assert len(left) == {"importing": 3, "reading": 4}[does]  # one is multiprocessing's, which ends with the others
+        assert wait_until(lambda: not processes(tmp_path), END_S), processes(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["rank", "launcher"])
+def test_a_kill_ends_workers_and_decoders(tmp_path, whom):
+    """The killed rank's, and those of the one that ends over it, while all wait for decoders that hang."""
+    clip, hanging = write_clip(tmp_path / "a.mp4"), tmp_path / "hanging"
+    (tmp_path / "rows.csv").write_text("path,label\n" + 64 * "a.mp4,0\n")
+    table = ["--data.source", "table", "--data.path", str(tmp_path / "rows.csv"), "--data.label", "label"]
+    table += ["--data.image-size", "16", "--data.channels", "None", "--data.num-classes", "None", "--data.workers", "2"]
+    with torchrun(tmp_path, "--no-progress", *table, world=2) as (launcher, _):
+        os.mkfifo(hanging)
+        os.replace(hanging, clip)
+        assert wait_until(lambda: rests(tmp_path / "run" / "metrics.jsonl"), END_S)
+        found = processes(tmp_path)
+        assert len(found) >= 1 + 2 * (1 + 2 + 2)  # and what multiprocessing starts for its own
+        (rank,) = (pid for pid in found if found[pid] == 1 and meshes._stat(pid)[1] == str(launcher.pid))
+        killed = time.monotonic()
+        os.kill({"launcher": launcher.pid, "rank": rank}[whom], signal.SIGKILL)
+        assert wait_until(lambda: not set(processes(tmp_path)) - {launcher.pid}, END_S), processes(tmp_path)
+        assert launcher.wait(END_S) != 0 and time.monotonic() - killed < END_S
+
+
+def rests(file, seconds=1.0):
+    """Whether nothing is added to a file for so long."""
+    before = file.stat().st_size
+    time.sleep(seconds)
+    return file.stat().st_size == before
 
 
 # ---------------------------------------------------------------------------------------------------- during a save

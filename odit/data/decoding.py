@@ -23,6 +23,8 @@ import os
 import signal
 import struct
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -36,6 +38,8 @@ HIDING = ("vp8", "vp9", "mpeg4")
 """Codecs that may have packets without a frame to show, so that fewer frames than packets are no sign of damage."""
 HEADER = struct.Struct("<?Q")
 """Before each answer: whether it is what was asked for (else a reason), and how many bytes follow."""
+LOOK_S = 0.5
+"""How often a process looks whether its parent lives."""
 
 
 class Unusable(Exception):
@@ -358,6 +362,21 @@ def probe(path: str, part=None) -> tuple[int, int, int, float]:
 # The process
 
 
+def end_with_parent(parent: int) -> None:
+    """Ends this process within ``LOOK_S`` of the end of ``parent``, the process that started it, whatever ended that.
+
+    A thread looks, as the kernel's own way (PR_SET_PDEATHSIG) ends a child with the thread that started it. It needs
+    Python's lock, which decoders and reads let go.
+    """
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_S)
+        os._exit(1)
+
+    threading.Thread(target=look, name="parent", daemon=True).start()
+
+
 def answer(request: dict) -> bytes:
     """Answers one request: raw pixels of frames, or what ``probe`` tells as JSON."""
     path, part = request["path"], request["part"]
@@ -372,7 +391,8 @@ def answer(request: dict) -> bytes:
 
 
 def serve(limit_s: int) -> None:
-    """Answers requests, a JSON line each, from stdin on stdout until stdin ends."""
+    """Answers requests, a JSON line each, from stdin on stdout until stdin ends, or the parent does."""
+    end_with_parent(os.getppid())  # one that is gone already has asked nothing, and stdin ends
     import av.logging
     import numpy  # noqa: F401 (now, not within the time of the first clip)
     from PIL import Image  # noqa: F401
@@ -387,7 +407,7 @@ def serve(limit_s: int) -> None:
         answers.write(HEADER.pack(True, 0))
         answers.flush()
         for line in sys.stdin.buffer:
-            signal.alarm(limit_s)  # for a parent that is gone; one that lives is faster
+            signal.alarm(limit_s)  # for a parent that is gone while no thread of this process can run
             try:
                 ok, data = True, answer(json.loads(line))
             except Unusable as reason:

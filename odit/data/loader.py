@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from odit import random, tree
+from odit.data import decoding
 from odit.data.dataset import BadSample, Batch, DataError, Dataset
 
 MAX_ATTEMPTS = 64  # substitutes tried for one sample; if this many are bad in a row, the data is
@@ -221,7 +222,7 @@ def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) 
         collate_fn=_same,
         num_workers=workers,
         prefetch_factor=2,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_serve_one_parent,
         multiprocessing_context="spawn",
         timeout=WORKER_TIMEOUT_S,
         generator=torch.Generator(),  # else it draws a seed from the global generator
@@ -259,7 +260,11 @@ def _same(reading: Any) -> Any:
     return reading
 
 
-def _ignore_signals(worker: int) -> None:
+def _serve_one_parent(worker: int) -> None:
     # A signal to the whole job asks the trainer to save and leave; workers serve it until then, and leave with it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # PyTorch's own look at the parent comes between two shares only, and not where it ended before this process ran.
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    decoding.end_with_parent(parent.pid)
