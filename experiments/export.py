@@ -25,6 +25,7 @@ from odit.front import Front
 from odit.health import CheckpointError
 from odit.manifest import MANIFEST
 from odit.source import Foreign, Source
+from odit.storage import writing
 
 KEPT = ("step", "seed", "global_batch", "samples", "shape", "data", "encoders", "class_names", "versions")
 OF_RUNS = ("metrics.jsonl", "checkpoints", MANIFEST)  # what tells that a folder is a run's or a checkpoint's
@@ -68,17 +69,19 @@ def main(args: Export) -> None:
     autoencoder = load_vae(args, args.vae_path, found, run) if args.vae_path is not None else None
     params, run = whole(found, run)
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    num = sum(leaf.numel() for leaf in tree.leaves(params))
     if args.to == "odit":
         checkpoint.save_weights(args.out, params, about(found, run), args.weights)
     elif args.to == "dit":
         convert.write_pt(args.out, convert.to_dit(params, run.model, found.shape, args.allow_other_timesteps))
     else:
-        with whole_folder(args.out) as folder:
+        beside = autoencoder.state_dict().values() if autoencoder is not None else ()
+        needed = 4 * num + sum(tensor.nbytes for tensor in beside)
+        with whole_folder(args.out) as folder, writing(args.out, needed):
             names, allow = found.about.get("class_names"), args.allow_other_timesteps
             convert.save_pipeline(folder, params, run.model, found.shape, run.diffusion, names, allow)
             if autoencoder is not None:
                 autoencoder.save_pretrained(folder / "vae", safe_serialization=True)
-    num = sum(leaf.numel() for leaf in tree.leaves(params))
     print(f"{args.out}: {num / 1e6:.2f} M parameters, {args.weights} weights of {args.checkpoint} ({found.kind})")
     for line in [*found.note, *left_out(args, found, run)]:
         print(line)

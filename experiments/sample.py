@@ -24,6 +24,7 @@ from odit.config_json import to_json
 from odit.encoders import config as frozen
 from odit.parallel import mesh as meshes
 from odit.source import Foreign, Source
+from odit.storage import writing
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,8 @@ def write(args: Sample, composed: plan.Plan, shown: dict[str, list], pictures) -
         from safetensors.torch import save_file
 
         labels = {"labels": torch.tensor(shown["labels"])} if "labels" in shown else {}
-        save_file({"samples": pictures.contiguous(), **labels}, args.tensors)
+        with writing(args.tensors, pictures.nbytes):
+            save_file({"samples": pictures.contiguous(), **labels}, args.tensors)
 
 
 def cli() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import json
 import math
 import os
 import platform
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +23,35 @@ import odit
 from odit import media
 from odit.config import Run
 from odit.config_json import to_json
-from odit.storage import whole, write_json
+from odit.storage import DISK, Disk, make_folders, whole, write_json, writing
 
 
 class Recorder:
     """Writes ``config.json``, ``metrics.jsonl``, ``tensorboard/`` and ``samples/`` under ``out``.
 
-    On resume ``metrics.jsonl`` is cut after ``step`` and a torn last line is dropped.
+    On resume ``metrics.jsonl`` is cut after ``step`` and a torn last line is dropped. All of it raises StorageError.
     """
 
-    def __init__(self, run: Run, step: int = 0):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.out = run.out
+    def __init__(self, run: Run, step: int = 0, disk: Disk = DISK):
+        self.out, self.disk = run.out, disk
         config, versions = to_json(run), about()
-        write_json(run.out / "config.json", {**config, "_about": versions})
+        write_json(run.out / "config.json", {**config, "_about": versions}, disk=disk)
         # Where a run writes is no part of how its pictures came about: two runs of one config write the same bytes.
         del config["out"], versions["command"]
         self.recipe = {**config, "versions": versions}
         cut_metrics(run.out / "metrics.jsonl", step)
-        self.metrics = open(run.out / "metrics.jsonl", "a", encoding="utf-8")
-        self.board = SummaryWriter(str(run.out / "tensorboard"), purge_step=step + 1 if step else None)
+        with contextlib.ExitStack() as files:
+            self.metrics = files.enter_context(Appended(run.out / "metrics.jsonl", disk))
+            events = files.enter_context(Appended(event_file(run.out / "tensorboard"), disk))
+            self.board = Board(events, purge_step=step + 1 if step else None)
+            self.files = files.pop_all()
 
     def log(self, step: int, values: dict[str, Any], prefix: str = "") -> None:
         """Appends one line {"step": step, ...}; floats keep full precision, numbers also go to TensorBoard."""
         named = {f"{prefix}{name}": value for name, value in values.items()}
         # JSON has no NaN: what is not finite is written as null
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in named.items()}
-        self.metrics.write(json.dumps({"step": step, **finite}) + "\n")
-        self.metrics.flush()
+        self.metrics.write((json.dumps({"step": step, **finite}) + "\n").encode())
         for name, value in named.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 self.board.add_scalar(name, value, step)
@@ -61,21 +64,77 @@ class Recorder:
         name, recipe = self.out / "samples" / f"step_{step:08d}", {"step": step, **self.recipe}
         x = x[:, :, 0] if x.ndim == 5 and x.shape[2] == 1 else x
         path = name.with_suffix(".png" if x.ndim == 4 else ".mp4")
-        if x.ndim == 4:
-            shown_CHW = media.grid(x, columns)
-            media.save_png(path, shown_CHW, recipe)
-        else:
-            shown_CHW = media.strip(x[:8])
-            media.save_mp4(path, media.clip_grid(x, columns), fps, recipe)
-        self.board.add_image("samples", media.pixels(shown_CHW[None])[0], step, dataformats="HWC")
+        shown_CHW = media.grid(x, columns) if x.ndim == 4 else media.strip(x[:8])
+        with writing(path, x.numel(), self.disk):  # nobody knows what will be needed: about what the pixels take
+            if x.ndim == 4:
+                media.save_png(path, shown_CHW, recipe)
+            else:
+                media.save_mp4(path, media.clip_grid(x, columns), fps, recipe)
+        self.board.add_image("samples", media.pixels(shown_CHW[None])[0], step)
         return path
 
     def __enter__(self) -> Recorder:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.metrics.close()
-        self.board.close()
+        self.files.close()
+
+
+class Appended:
+    """A file that grows piece by piece, each of which is the system's when ``write`` ends, or raises StorageError.
+
+    Nothing waits in this process, to be refused later, where nobody can tell what it was.
+    """
+
+    def __init__(self, path: Path, disk: Disk = DISK):
+        self.path, self.disk, self.file = path, disk, open(path, "ab", buffering=0)
+
+    def write(self, data: bytes) -> None:
+        """Appends all of it."""
+        with writing(self.path, len(data), self.disk):
+            self.disk.write(self.file.fileno(), data)
+
+    def __enter__(self) -> Appended:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+
+class Board:
+    """TensorBoard's events, written as they come: SummaryWriter's thread meets a full disk later, with a traceback.
+
+    Args:
+        purge_step: TensorBoard forgets what earlier files have of this step and of later ones.
+    """
+
+    def __init__(self, file: Appended, purge_step: int | None = None):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore (made by protoc)
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
+
+        self.event, self.summary, self.records = Event, summary, RecordWriter(file)
+        self._add(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """A point of a curve."""
+        self._add(step=step, summary=self.summary.scalar(name, value))
+
+    def add_image(self, name: str, pixels_HWC: Tensor, step: int) -> None:
+        """A picture, uint8."""
+        self._add(step=step, summary=self.summary.image(name, pixels_HWC, dataformats="HWC"))
+
+    def _add(self, **event: Any) -> None:
+        self.records.write(self.event(wall_time=time.time(), **event).SerializeToString())
+
+
+def event_file(folder: Path) -> Path:
+    """A new name in TensorBoard's folder, which is made; names sort by time."""
+    make_folders(folder)
+    now_s, ns = divmod(time.time_ns(), 10**9)
+    return folder / f"events.out.tfevents.{now_s:010d}.{socket.gethostname()}.{os.getpid()}.{ns:09d}"
 
 
 RESULTS = ("config.json", "metrics.jsonl", "tensorboard", "samples", "crashes", "ema.safetensors", "evaluation.json")
@@ -118,17 +177,17 @@ class Lock:
 
     def __init__(self, out: Path):
         out.mkdir(parents=True, exist_ok=True)
-        self.file = open(out / ".lock", "a+", encoding="utf-8")
+        self.file = open(out / ".lock", "a+b", buffering=0)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.file.seek(0)
-            holder = self.file.read().strip() or "unknown"
+            holder = self.file.read().decode().strip() or "unknown"
             self.file.close()
             raise ValueError(f"out {out} is in use by process {holder}: wait for it, or use another --out") from None
         self.file.truncate(0)
-        self.file.write(str(os.getpid()))
-        self.file.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            self.file.write(str(os.getpid()).encode())
 
     def __enter__(self) -> Lock:
         return self
@@ -148,8 +207,9 @@ def cut_metrics(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    with whole(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+    data = "".join(kept).encode()
+    with writing(path, len(data)), whole(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from odit import tree
 from odit.parallel import mesh as meshes
 from odit.plan import Plan
 from odit.saving import ROLES, Job, Talk, job, write
-from odit.storage import DISK, Disk
+from odit.storage import DISK, Disk, StorageError
 from odit.train import TrainState
 
 
@@ -80,8 +81,11 @@ class Saver:
         if error is None:
             self.settle()
         elif isinstance(error, Exception) and not (isinstance(error, meshes.RanksLost) or meshes.broken(error)):
-            with contextlib.suppress(Exception):  # the first error is the one to tell
+            try:
                 self.settle()
+            except Exception as later:  # the first error is the one to tell, but a disk that is full for a small file
+                if isinstance(later, StorageError) and isinstance(error, OSError):  # was filled by the save
+                    raise
         if self.copies is not None and self.flight is None:
             self.copies.release()
 
@@ -129,6 +133,8 @@ class Copies:
         self.side = torch.cuda.Stream(plan.device) if plan.device.type == "cuda" else None
         self.index = torch.cuda.current_device() if self.side is not None else None
         self.flat: torch.Tensor | None = None
+        self.lack = ""
+        """Why there is none."""
         self.maker = threading.Thread(target=self._make, name="checkpoint memory", daemon=True)
         self.maker.start()
 
@@ -136,17 +142,28 @@ class Copies:
         rank, size = self.plan.layout.axis.rank, 0
         for p, spec in zip(tree.leaves(self.plan.declared), tree.leaves(self.plan.layout.specs)):
             size += len(ROLES) * spec.owns(rank) * torch.Size(spec.local_shape(p.shape)).numel()
-        flat = torch.empty(size)
-        if self.side is not None and size:
+        try:
+            self.flat = self._locked(torch.empty(size))
+        except RuntimeError as error:  # the allocator's or the driver's; ``take`` raises it, where somebody hears
+            reason = str(error).splitlines()[0].split("] err == 0. ")[-1]  # without the place in a C++ source
+            self.lack = (
+                f"checkpoint_async needs {4 * size} bytes of host memory for a copy of the state and {_available()} "
+                f"({reason}): use --no-checkpoint-async"
+            )
+
+    def _locked(self, flat: torch.Tensor) -> torch.Tensor:
+        """The same memory, page-locked for a GPU."""
+        if self.side is not None and len(flat):
             torch.cuda.set_device(self.index)  # a new thread is on the first GPU
             # not pin_memory: that rounds sizes up to powers of two
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), 4 * size, 0))
-        self.flat = flat
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), 4 * len(flat), 0))
+        return flat
 
     def take(self, job: Job) -> tuple[Job, Callable[[], None]]:
-        """The job with copies of its tensors, and what waits until they are made."""
+        """The job with copies of its tensors, and what waits until they are made; raises ValueError without memory."""
         self.maker.join()
-        assert self.flat is not None, "no memory for a copy of the state: use --no-checkpoint-async"
+        if self.flat is None:
+            raise ValueError(self.lack)
         slots = self.flat.split([x.numel() for x in job.pieces.values()])
         copies = {name: slot.view(x.shape) for (name, x), slot in zip(job.pieces.items(), slots)}
         if self.side is None:
@@ -168,3 +185,12 @@ class Copies:
         if self.side is not None and self.flat is not None and self.flat.numel():
             torch.cuda.cudart().cudaHostUnregister(self.flat.data_ptr())
         self.flat = None
+
+
+def _available() -> str:
+    """What the machine says of its memory."""
+    try:
+        told = re.search(r"^MemAvailable: *(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        told = None
+    return f"{1024 * int(told[1])} are available" if told else "nobody can tell how many are available"

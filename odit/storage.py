@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,10 @@ def whole(path: Path, disk: Disk = DISK, sync: bool = True) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any, indent: int = 2, disk: Disk = DISK) -> None:
-    """Writes indented JSON, whole or not at all."""
-    with whole(path, disk) as temporary:
-        write_file(temporary, [(json.dumps(value, indent=indent) + "\n").encode()], disk)
+    """Writes indented JSON, whole or not at all; raises StorageError."""
+    data = (json.dumps(value, indent=indent) + "\n").encode()
+    with writing(path, len(data), disk), whole(path, disk) as temporary:
+        write_file(temporary, [data], disk)
 
 
 def make_folders(path: Path, disk: Disk = DISK) -> None:
@@ -132,6 +134,33 @@ def remove_tree(path: Path, disk: Disk = DISK) -> None:
     for name in sorted(os.listdir(path)):
         remove_tree(path / name, disk)
     disk.remove_folder(path)
+
+
+@contextlib.contextmanager
+def writing(path: Path, needed: int, disk: Disk = DISK) -> Iterator[None]:
+    """Raises StorageError, with ``failure``'s sentence, where the system refuses what is written below ``path``.
+
+    Other errors pass, and so does a StorageError: it says more.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        refused = _refusal(error)
+        if refused is None:
+            raise
+        raise StorageError(failure(refused, path, needed, disk)) from error
+
+
+def _refusal(error: Exception) -> OSError | None:
+    """The system's error behind one: itself, the one that torch.save met and raises another over, or safetensors'."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__
+    told = re.search(r"\(os error (\d+)\)", str(error))  # what Rust adds to the system's words
+    return OSError(int(told[1]), os.strerror(int(told[1]))) if told else None
 
 
 def failure(error: OSError, path: Path, needed: int, disk: Disk = DISK) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from conftest import redraw, script
 from diffusers import AutoencoderKL, DiTPipeline, LattePipeline
 from diffusers.pipelines.dit import pipeline_dit
 from safetensors.torch import load_file, save_file
+from test_storage import tmpfs  # noqa: F401 (a fixture)
 
 from odit import checkpoint, config, convert, data, diffusion, finetune, models, plan, random, tree
 from odit import source as sources
@@ -20,8 +22,9 @@ from odit.config_json import to_json
 from odit.diffusion import gaussian, guidance, solvers
 from odit.encoders import config as encoders
 from odit.front import Front
-from odit.health import CheckpointError
+from odit.health import CheckpointError, exit_code
 from odit.models.config import Config, Shape
+from odit.storage import StorageError
 
 export, show = script("export"), script("show")
 sample_script, evaluate_script = script("sample"), script("evaluate")
@@ -609,3 +612,22 @@ def test_show_reads_all_kinds_and_live_weights(tmp_path, capsys):
     assert "config: dit-s-2 --model.depth 1\n" in told and "  a.pt: " in told
     told = shown(tmp_path / "b", capsys)
     assert "kind: weights of diffusers" in told and "  transformer/config.json: " in told and "classes: 0, 1, 2" in told
+
+
+@pytest.mark.parametrize(
+    "to, room", [("odit", 8), ("dit", 8), ("diffusers", 32), ("diffusers", 104), ("diffusers", 144)]
+)
+def test_a_full_disk_ends_the_export(to, room, vae, tmpfs, tmp_path):  # noqa: F811
+    """In the weights; with room in KiB for these in the JSON beside, and with room for that in the autoencoder."""
+    run = run_of(dataclasses.replace(MODEL, width=16, depth=1, heads=2, timestep_freqs="dit"), steps=None)
+    if to == "diffusers":
+        run = run_of(dataclasses.replace(run.model, timestep_freqs="diffusers"))
+    saved(tmp_path / "w.safetensors", run)
+    (tmpfs / "filling").write_bytes(bytes((256 - room) * 1024))
+    changes = {"vae_path": str(vae)} if to == "diffusers" else {}
+    out = tmpfs / {"odit": "w.safetensors", "dit": "w.pt", "diffusers": "pipe"}[to]
+    told = r"cannot be written \(ENOSPC: No space left on device\): (\d+) bytes are needed, (\d+) are free: make room"
+    with pytest.raises(StorageError, match=told) as failed:
+        exported(tmp_path / "w.safetensors", out, to, **changes)
+    needed, free = map(int, re.search(told, str(failed.value)).groups())
+    assert needed > free and exit_code(failed.value) == 6 and os.listdir(tmpfs) == ["filling"]

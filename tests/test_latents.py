@@ -2,7 +2,10 @@
 
 import csv
 import dataclasses
+import itertools
+import math
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +15,15 @@ import tiny as makers
 import torch
 from conftest import script
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_storage import tmpfs  # noqa: F401 (a fixture)
 
-from odit import checkpoint, checks, config, data, plan, random, sample, train, validate
+from odit import checkpoint, checks, config, data, health, plan, random, sample, train, validate
 from odit.data import latents, loader
 from odit.encoders import config as encoders
 from odit.health import CheckpointError
 from odit.models import config as models
+from odit.storage import StorageError
 
 ROOT = Path(__file__).parent.parent
 NUM = 14
@@ -297,6 +303,27 @@ def test_bad_samples_are_left_out_and_replaced(folder, tmp_path, capsys):
     assert torch.equal(same, near) and same.sum() > NUM
 
 
+def test_features_that_are_not_finite_are_left_out(folder, tmp_path, monkeypatch, capsys):
+    """As where they are beyond what fp16 has; fp32 has them."""
+    moments, calls = encode_script.fronts.Front.moments, itertools.count()
+
+    def large(front, x):
+        mean, logvar = moments(front, x)
+        mean[0, 0, 0, 0] = 1e5 if next(calls) % NUM == 5 else mean[0, 0, 0, 0]
+        return mean, logvar
+
+    monkeypatch.setattr(encode_script.fronts.Front, "moments", large)
+    for dtype, bad in (("fp32", 0), ("fp16", 1)):
+        out = tmp_path / dtype
+        encode_script.main(args(folder, out, batch=1, mirror=False, dtype=dtype))
+        told = capsys.readouterr().out
+        assert f"{NUM - bad} of {NUM} samples" in told
+        assert told.count(": sample 5: its features are not finite in fp16\n") == told.count("left out ") == bad
+    with pytest.raises(data.BadSample, match=r"rows.csv': sample 5: its features are not finite in fp16"):
+        latents.Latents(out, 0.0).read([4, 5])
+    assert latents.Latents(out, 0.0).read([4, 6])[0].isfinite().all()
+
+
 def test_too_much_that_is_bad_ends_the_encoding(folder, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     table(tmp_path / "rows.csv", [("a.png", "a")] * 12)
@@ -319,12 +346,72 @@ def test_what_cannot_be_encoded_is_refused(changes, message, folder, tmp_path):
         encode_script.main(args(folder, tmp_path, **changes))
 
 
+def test_a_full_disk_ends_the_encoding(folder, tmpfs):  # noqa: F811
+    """With what is whole; and the same command goes on from there."""
+    (tmpfs / "filling").write_bytes(bytes((256 - 24) * 1024))  # of 256
+    given = args(folder, tmpfs / "out")
+    with pytest.raises(
+        StorageError, match=r"latents-0000[123]\.\w+ cannot be written \(ENOSPC: .* bytes .* 0 are free"
+    ) as failed:
+        encode_script.main(given)
+    assert health.exit_code(failed.value) == 6 and not list((tmpfs / "out").glob(".*"))
+    (tmpfs / "filling").unlink()
+    encode_script.main(given)
+    assert latents.Latents(tmpfs / "out", 0.0).index["num"] == NUM
+
+
+# --- records that went bad ---
+
+
+def test_records_that_went_bad_are_skipped_counted_and_replaced(folder, tmp_path):
+    """A NaN in latents, an infinity in text features, and a record of another shape: the one of the last file."""
+    encode_script.main(args(folder, tmp_path / "whole", shard_size=NUM - 1))
+    shutil.copytree(tmp_path / "whole", tmp_path / "bad")
+
+    def spoil(shard, change):
+        path = tmp_path / "bad" / latents.shard_name(shard)
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+        return path
+
+    def make_bad(tensors):
+        tensors["mean"][3, 0, 0, 0] = math.nan
+        tensors["text"][5, 0, 0] = math.inf
+
+    first = spoil(0, make_bad)
+    last = spoil(1, lambda tensors: tensors.update(mean=tensors["mean"].reshape(1, 4, 2, 8)))
+    want = {
+        f"{first}: sample 3": "its mean is not finite",
+        f"{first}: sample 5": "its text is not finite",
+        f"{last}: sample 13": "its mean has shape [1, 4, 2, 8] and by index.json it should have [1, 4, 4, 4]: encode "
+        "the data again",
+    }
+    whole, bad, met = latents.Latents(tmp_path / "whole", 0.0), latents.Latents(tmp_path / "bad", 0.0), {}
+    for number, (path, reason) in zip((3, 5, 13), want.items()):
+        with pytest.raises(data.BadSample) as failed:
+            bad.read([0, number])
+        assert (failed.value.path, failed.value.reason) == (path, reason)
+    key = random.key(0)
+    (batch,) = loader.batches(
+        bad, key, global_batch=NUM, stop=1, on_bad=lambda path, reason: met.update({path: reason})
+    )
+    assert met == want and set(batch.ids_B.tolist()) == set(range(NUM))
+    for draw, x, text in zip(batch.ids_B.tolist(), batch.x, batch.y["text"]):
+        number, attempts = draw, itertools.count()
+        while number in (3, 5, 13):
+            number = loader.substitute(bad.train_ids, key, draw, next(attempts))
+        (want_x,), y = whole.read([number])
+        assert torch.equal(x, want_x) and torch.equal(text, y["text"][0])
+    spoil(0, lambda tensors: tensors["pooled"][:11].fill_(math.nan))
+    with pytest.raises(data.DataError, match=r"12 bad samples among 14 read, data.bad_budget is 0.01"):
+        next(loader.batches(latents.Latents(tmp_path / "bad", 0.0), key, global_batch=NUM, stop=1))
+
+
 # --- refusals of runs ---
 
 
 def test_damage_is_seen(folder, cache, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(cache, tmp_path / "c")
     opened, file, show = (
         latents.Latents(tmp_path / "c", 0.0),
@@ -401,8 +488,6 @@ def test_a_run_from_latents_and_what_it_draws(folder, cache, tmp_path, capsys):
     made, _ = composed(online(folder))
     params = checkpoint.load_weights(weights, made)
     want = sample.sample(made, params, made.tokenize([*shown, *shown]), random.key(0))
-    from safetensors.torch import load_file
-
     torch.testing.assert_close(load_file(tmp_path / "x.safetensors")["samples"], want, rtol=1e-4, atol=1e-4)
     with pytest.raises(CheckpointError, match="was trained with"):
         wrong = dataclasses.replace(both, vae_path=str(folder / "other"))

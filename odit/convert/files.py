@@ -16,7 +16,7 @@ from torch import Tensor
 from odit.convert.diffusers import from_diffusers, to_diffusers, trim_labels
 from odit.convert.latte import TEXT_LENGTH, from_diffusers_latte, to_diffusers_latte
 from odit.models.config import Config, Shape
-from odit.storage import whole
+from odit.storage import whole, writing
 
 CONFIG, WEIGHTS, INDEX = "config.json", "diffusion_pytorch_model", "model_index.json"
 
@@ -73,26 +73,28 @@ def read_pt(path: str | Path, which: Literal["ema", "model"] = "ema") -> dict[st
 
 
 def write_pt(path: str | Path, state: dict[str, Tensor]) -> None:
-    """Writes a state dict as torch.save does, whole or not at all."""
-    with whole(Path(path)) as temporary:
-        torch.save({name: _own(tensor) for name, tensor in state.items()}, temporary)
+    """Writes a state dict as torch.save does, whole or not at all; raises StorageError."""
+    path, state = Path(path), {name: _own(tensor) for name, tensor in state.items()}
+    # a file of Python's, as torch's own does not tell why it could not be written
+    with writing(path, _size(state)), whole(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
 
 
 def save_diffusers(
     folder: str | Path, params: dict, cfg: Config, shape: Shape, allow_other_timesteps: bool = False
 ) -> None:
     """Writes the folder that ``from_pretrained`` of diffusers' DiTTransformer2DModel opens, or of its
-    LatteTransformer3DModel: config.json and safetensors weights."""
+    LatteTransformer3DModel: config.json and safetensors weights. Raises StorageError."""
     make = to_diffusers_latte if cfg.arch == "latte" else to_diffusers
     state, config = make(params, cfg, shape, allow_other_timesteps)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: _own(tensor, always=True) for name, tensor in state.items()}  # safetensors refuses shared memory
-    metadata = {"format": "pt"}
-    with whole(folder / f"{WEIGHTS}.safetensors") as temporary:
+    weights, metadata = folder / f"{WEIGHTS}.safetensors", {"format": "pt"}
+    with writing(weights, _size(state)), whole(weights) as temporary:
         safetensors.torch.save_file(state, temporary, metadata)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    with whole(folder / CONFIG) as temporary:
+    with writing(folder / CONFIG, len(text)), whole(folder / CONFIG) as temporary:
         temporary.write_text(text)
 
 
@@ -194,6 +196,11 @@ def _is_inside(name: str) -> bool:
 def _fits(path: Path, claimed: int, size: int) -> None:
     if claimed > size:
         raise ValueError(f"{path} claims {claimed} bytes of tensors and has {size}: it is broken or crafted")
+
+
+def _size(state: dict[str, Tensor]) -> int:
+    """Bytes of a file with these tensors, or a few more: names, shapes and places take some hundred a tensor."""
+    return 2048 + sum(tensor.nbytes + 512 for tensor in state.values())
 
 
 def _own(tensor: Tensor, always: bool = False) -> Tensor:

@@ -10,6 +10,7 @@ written last. A hash shows damage, not forgery.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from torch import Tensor
 from odit import random, tree
 from odit.data import loader
 from odit.data.dataset import READ_KEY, BadSample, DataError, Dataset, sample_ids, split
+from odit.storage import writing
 
 FORMAT = 1
 INDEX, SETTINGS, NULL = "index.json", "settings.json", "null.safetensors"
@@ -75,7 +77,7 @@ class Latents:
         return (sample - shift) * scale
 
     def read(self, ids: list[int] | Tensor, key: random.Key = READ_KEY) -> tuple[Tensor, tree.Tree]:
-        """Reads samples by draw id; raises BadSample for the first that was bad when it was encoded, or is not finite.
+        """Reads samples by draw id; raises BadSample for the first that was bad when it was encoded, or is now.
 
         The y of captions is {"text" (B, S, E), "mask" (B, S), "pooled" (B, E)}, or {"tokens", "mask"} where the model
         encodes bytes itself.
@@ -95,14 +97,26 @@ class Latents:
         if row == len(ids_N) or int(ids_N[row]) != sample:
             raise BadSample(*self.bad[sample])
 
-        def part(name: str) -> Tensor:
-            return file.get_slice(name)[row : row + 1]
+        names, where = (*(MIRRORED if mirrored else MEANS), *self.index["conditions"]), self.path / shard_name(shard)
+        try:
+            parts = {name: file.get_slice(name)[row : row + 1] for name in names}
+        except SafetensorError as error:
+            raise BadSample(f"{where}: sample {sample}", f"it cannot be read: {error}") from None
+        if reason := self._wrong(parts):
+            raise BadSample(f"{where}: sample {sample}", reason)
+        mean, logvar, *conditions = parts.values()
+        y = parts["y"] if "y" in parts else dict(zip(self.index["conditions"], conditions))
+        return torch.cat([mean, logvar], 1).float(), y
 
-        x = torch.cat([part(name) for name in (MIRRORED if mirrored else MEANS)], 1).float()
-        if not bool(torch.isfinite(x).all()):
-            raise BadSample(f"{self.path / shard_name(shard)}: sample {sample}", "its latents are not finite")
-        names = self.index["conditions"]
-        return x, part("y") if "y" in names else {name: part(name) for name in names}
+    def _wrong(self, parts: dict[str, Tensor]) -> str | None:
+        """What is wrong with a sample: a part of another shape than all have, or one with a NaN or an infinity."""
+        for name, part in parts.items():
+            wanted, found = [1, *self.index["conditions"].get(name, self.index["sample"])], list(part.shape)
+            if found != wanted:
+                return f"its {name} has shape {found} and by {INDEX} it should have {wanted}: encode the data again"
+            if part.is_floating_point() and not bool(part.isfinite().all()):
+                return f"its {name} is not finite"
+        return None
 
     def _file(self, shard: int) -> tuple[Any, Tensor]:
         """The map of a shard, and the ids of its rows, ascending."""
@@ -112,12 +126,9 @@ class Latents:
             path = self.path / shard_name(shard)
             try:
                 file = safe_open(path, "pt")
-                ids_N, found = file.get_tensor("ids").clone(), file.get_slice("mean").get_shape()
+                self._open[shard] = file, file.get_tensor("ids").clone()
             except (OSError, SafetensorError) as error:
                 raise DataError(f"{path} cannot be read: {error}") from None
-            if (wanted := [len(ids_N), *self.index["sample"]]) != found:
-                raise DataError(f"{path} has latents of shape {found}, {INDEX} says {wanted}: encode the data again")
-            self._open[shard] = file, ids_N
         return self._open[shard]
 
     def verify(self) -> None:
@@ -254,7 +265,7 @@ def _read_one(dataset: Dataset, sample: int) -> tuple[int, Any]:
 
 
 def write_shard(folder: Path, shard: int, tensors: dict[str, Tensor], bad: list[tuple[int, str, str]]) -> None:
-    """Writes a shard, then the JSON that says it is whole; each appears whole or not at all."""
+    """Writes a shard, then the JSON that says it is whole; each appears whole or not at all. Raises StorageError."""
     path = folder / shard_name(shard)
     write_tensors(path, tensors)
     told = {"num": len(tensors["ids"]), "bad": bad, **size_and_hash(path), "sums": _sums(tensors)}
@@ -328,29 +339,34 @@ def _statistics(sums: list[dict[str, Any]], scale: Tensor, shift: Tensor) -> dic
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file, whole or not at all."""
-    temporary = _temporary(path)
-    save_file({name: x.contiguous() for name, x in tensors.items()}, temporary)
-    _commit(temporary, path)
+    """Writes a safetensors file, whole or not at all; raises StorageError."""
+    needed = sum(x.nbytes + 128 for x in tensors.values())  # with names, shapes and places
+    with _whole(path, needed) as temporary:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, temporary)
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = _temporary(path)
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    _commit(temporary, path)
+    data = (json.dumps(value, indent=1) + "\n").encode()
+    with _whole(path, len(data)) as temporary:
+        temporary.write_bytes(data)
 
 
-def _temporary(path: Path) -> Path:
-    handle, name = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
-    os.close(handle)
-    os.chmod(name, 0o644)
-    return Path(name)
-
-
-def _commit(temporary: Path, path: Path) -> None:
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+@contextlib.contextmanager
+def _whole(path: Path, needed: int) -> Iterator[Path]:
+    """A temporary name beside ``path``, on every machine another, for ``needed`` bytes that become ``path``."""
+    with writing(path, needed):
+        handle, name = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            os.chmod(temporary, 0o644)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _read_json(path: Path) -> dict[str, Any]:
