@@ -24,6 +24,7 @@ from odit import checkpoint, saving
 from odit.storage import Disk
 
 BEFORE, NEW, NEXT = 7, 9, 11
+HERE = b"."  # what a child tells that has come to its point
 OPERATIONS = ("create", "write", "sync", "close", "sync_path", "make_folder", "rename", "remove", "remove_folder")
 
 
@@ -38,10 +39,10 @@ def forced(name):
 
 
 class Counting(Disk):
-    """Counts operations, each of which is one call; dies at ``at``, where that is not None."""
+    """Counts operations, each of which is one call; dies at ``at``, where that is not None, and tells so before."""
 
-    def __init__(self, at=None, half=False, alone=False, store=None):
-        self.count, self.at, self.half, self.alone, self.store = 0, at, half, alone, store
+    def __init__(self, at=None, half=False, alone=False, store=None, tell=None):
+        self.count, self.at, self.half, self.alone, self.store, self.tell = 0, at, half, alone, store, tell
         self.names = []
 
     def reach(self, name, args):
@@ -49,8 +50,9 @@ class Counting(Disk):
         if self.count == self.at:
             if self.half and name == "write":
                 os.write(args[0], memoryview(args[1]).cast("B")[: len(args[1]) // 2])
+            self.tell(HERE)
             if not self.alone:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
             self.store.lose_one()
             threading.Event().wait()
         self.names.append(name)
@@ -61,54 +63,93 @@ for operation in OPERATIONS:
     setattr(Counting, operation, forced(operation))
 
 
+class Store(states.Store):
+    """Dies when all live ranks wait for what nobody has told; one that was told, and has not woken yet, does not."""
+
+    def __init__(self, world):
+        super().__init__(world, self.die_if_lost)
+        self.awaited = {}
+
+    def wait(self, keys, timeout):
+        with self.changed:
+            self.awaited[threading.get_ident()] = keys
+            super().wait(keys, timeout)
+            del self.awaited[threading.get_ident()]
+
+    def die_if_lost(self):
+        if not any(map(self.check, self.awaited.values())):
+            die()
+
+
 def die():
     """Ends this process as kill -9 does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def child(fn):
-    """Runs ``fn`` in a child; returns its process id."""
+    """Runs ``fn(tell)`` in a child; returns its process id and a file of the bytes that it tells."""
+    reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            fn()
+            fn(lambda data: os.write(writer, data))
         finally:
             os._exit(1)
-    return pid
+    os.close(writer)
+    return pid, os.fdopen(reader, "rb", buffering=0)
+
+
+def run_child(fn):
+    """What ``fn(tell)`` tells in a child, and whether that was killed, when it has ended."""
+    pid, file = child(fn)
+    with file:
+        told = file.read()
+    return told, was_killed(pid)
+
+
+def was_killed(pid):
+    """Waits for a child's end."""
+    _, status = os.waitpid(pid, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 def count(out, world):
-    """Names of the operations of each rank, from a save that nobody disturbs."""
-    reader, writer = os.pipe()
+    """Names of the operations of each rank, and the time in seconds, of a save that nobody disturbs."""
 
-    def run():
-        disks = [Counting() for _ in range(world)]
+    def run(tell):
+        disks, began = [Counting() for _ in range(world)], time.monotonic()
         states.save(out, NEW, world, disks, zero=2, keep=1)
-        os.write(writer, json.dumps([disk.names for disk in disks]).encode())
+        tell(json.dumps([[disk.names for disk in disks], time.monotonic() - began]).encode())
 
-    os.waitpid(child(run), 0)
-    os.close(writer)
-    with os.fdopen(reader) as file:
-        return json.loads(file.read())
+    return json.loads(run_child(run)[0])
 
 
 def killed(out, world, rank, at, half, alone):
     """Saves until rank ``rank`` comes to operation ``at``."""
 
-    def run():
-        store = states.Store(world, stuck=die)
-        disks = [Counting(at if r == rank else None, half, alone, store) for r in range(world)]
+    def run(tell):
+        store = Store(world)
+        disks = [Counting(at if r == rank else None, half, alone, store, tell) for r in range(world)]
         states.save(out, NEW, world, disks, store, zero=2, keep=1)
 
-    os.waitpid(child(run), 0)
+    assert run_child(run) == (HERE, True), "a save died elsewhere, or not at all"
 
 
 def killed_after(out, world, seconds):
-    """Saves until a time has passed."""
-    pid = child(lambda: states.save(out, NEW, world, [Counting() for _ in range(world)], zero=2, keep=1))
+    """Saves until a time has passed; idles where the save is done before."""
+
+    def run(tell):
+        disks = [Counting() for _ in range(world)]
+        tell(HERE)
+        states.save(out, NEW, world, disks, zero=2, keep=1)
+        signal.pause()
+
+    pid, file = child(run)
+    with file:
+        assert file.read(1) == HERE
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    assert was_killed(pid), "a save ended otherwise"
 
 
 def loads(out):
@@ -125,7 +166,7 @@ def loads(out):
 
 def goes_on(out, world):
     """Whether the next save works and leaves nothing beside itself."""
-    os.waitpid(child(lambda: states.save(out, NEXT, world, zero=2, keep=1)), 0)
+    run_child(lambda tell: states.save(out, NEXT, world, zero=2, keep=1))
     return loads(out) == (NEXT, True) and os.listdir(out / "checkpoints") == [f"step_{NEXT:08d}"]
 
 
@@ -142,10 +183,9 @@ def main():
         states.state_of(states.plan_of(args.folder), step)  # what children then need not make
     for world in args.worlds:
         base, out = args.folder / f"base{world}", args.folder / "run"
-        os.waitpid(child(lambda base=base, world=world: states.save(base, BEFORE, world, zero=2)), 0)
+        run_child(lambda tell, base=base, world=world: states.save(base, BEFORE, world, zero=2))
         shutil.copytree(base, out)
-        began = time.monotonic()
-        names, seconds = count(out, world), time.monotonic() - began
+        names, seconds = count(out, world)
         shutil.rmtree(out)
         points = [
             (killed, (world, rank, at, half, alone))

@@ -17,6 +17,7 @@ from odit.health import CheckpointError, Damaged
 STEP, STALE = 9, 7
 FILES = [f"state-{rank:05d}-of-00002.safetensors" for rank in range(2)]
 MANIFEST = manifest.MANIFEST
+SOME, MANY = 3, 80  # damages of a kind by default and in the slow case
 LINK, FOLDER, ELSEWHERE = "link", "folder", "elsewhere"  # what stands in a file's place
 
 
@@ -139,8 +140,8 @@ def put_a_byte(draws, data):
 
 @of_bytes
 def exchange_bytes(draws, data):
-    i, j = (draws.randrange(len(data)) for _ in range(2))
-    i, j = (i, j) if data[i] != data[j] else (0, 1)
+    i = draws.randrange(len(data))
+    j = draws.choice([j for j, byte in enumerate(data) if byte != data[i]])
     data[i], data[j] = data[j], data[i]
     return data
 
@@ -499,36 +500,60 @@ def restore(folder: Path, files: dict, names) -> None:
         put(folder, name, files[name])
 
 
-def damaged(written, kind: str, times: int, seed=0):
-    """(what was done, the state or error that came of it) of so many damages of a kind; each is undone."""
-    folder, files, stale = written
+def damages(written, kind: str, times: int) -> list[dict]:
+    """What is changed, by file, in up to so many different damages of a kind; of some kinds there are but few."""
+    _, files, stale = written
+    found = []
+    for number in range(times):
+        changes = DAMAGE[kind](random.Random(f"{kind} {number}"), files, stale)
+        changes = {name: what for name, what in changes.items() if what != files[name]}
+        assert changes, f"{kind} changed nothing"
+        if changes not in found:
+            found.append(changes)
+    return found
+
+
+def read_damaged(written, changes):
+    """The state, or the CheckpointError, that comes of a damage, which is undone."""
+    folder, files, _ = written
     for name in (*FILES, MANIFEST):
         (folder.parent / f"real_{name}").write_bytes(files[name])
-    for number in range(times):
-        changes = DAMAGE[kind](random.Random(f"{kind} {seed} {number}"), files, stale)
-        changes = {name: what for name, what in changes.items() if what != files[name]}
-        for name, what in changes.items():
-            put(folder, name, what)
-        try:
-            found = checkpoint.read(folder, states.plan_of(folder))[0]
-        except CheckpointError as error:
-            found = error
-        finally:
-            restore(folder, files, changes)
-        yield changes, found
+    for name, what in changes.items():
+        put(folder, name, what)
+    try:
+        return checkpoint.read(folder, states.plan_of(folder))[0]
+    except CheckpointError as error:
+        return error
+    finally:
+        restore(folder, files, changes)
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(40, marks=pytest.mark.slow)])
+def names_the_file(text: str, changes) -> bool:
+    """Whether a refusal names a file that was changed; or one that a changed manifest tells wrongly, and the manifest.
+
+    What contradicts a manifest whose own hash fits may be either.
+    """
+    return any(name in text for name in changes) or (
+        MANIFEST in changes and any(name in text for name in FILES) and re.search("the manifest('s| says)", text)
+    )
+
+
+@pytest.mark.parametrize("times", [SOME, pytest.param(MANY, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_refused_by_name(written, kind, times):
-    for changes, found in damaged(written, kind, times):
-        if not changes:
-            continue  # bytes that were equal have been exchanged
+    for changes in damages(written, kind, times):
+        found = read_damaged(written, changes)
         assert isinstance(found, CheckpointError), (kind, "was loaded")
         text = str(found)
-        assert "\n" not in text and any(name in text for name in (*changes, str(written[0]))), text
+        assert "\n" not in text and names_the_file(text, changes), text
         if kind in TENSOR:
             assert re.search(r"(param|adamw\.[mv]|ema)/\w+", text), text
+
+
+@pytest.mark.parametrize("times, least", [(SOME, 150), pytest.param(MANY, 2000, marks=pytest.mark.slow)])
+def test_there_are_many_damages_of_many_kinds(written, times, least):
+    """Which the test above goes through, all different."""
+    assert len(DAMAGE) >= 25 and sum(len(damages(written, kind, times)) for kind in DAMAGE) >= least
 
 
 def test_what_is_not_damaged_loads(written):

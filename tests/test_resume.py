@@ -38,10 +38,18 @@ def killed_in(run, step):
     train_script.main(run)
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_after_a_kill_no_bit_differs(tiny, tmp_path, precision):
+@pytest.mark.parametrize(
+    "device, precision",
+    [
+        ("cpu", "fp32"),
+        pytest.param("cpu", "bf16", marks=pytest.mark.slow),
+        pytest.param("cuda", "bf16", marks=pytest.mark.gpu),
+    ],
+)
+def test_after_a_kill_no_bit_differs(tiny, tmp_path, device, precision):
     """20 steps against a kill in the thirteenth, with a checkpoint each five steps, and a resume."""
-    whole = dataclasses.replace(tiny, precision=precision, checkpoint_every=5)
+    repeats = True if device == "cuda" else None
+    whole = dataclasses.replace(tiny, device=device, precision=precision, deterministic=repeats, checkpoint_every=5)
     parted = dataclasses.replace(whole, out=tmp_path / "parted")
     train_script.main(whole)
     process = multiprocessing.get_context("spawn").Process(target=killed_in, args=(parted, 12))

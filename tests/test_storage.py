@@ -150,35 +150,93 @@ CUTS = {
 }
 
 
+def after_cuts(folder, cut, before, act, read, times=lambda root: 1):
+    """What ``read`` finds in what a power cut leaves before, after each call of ``act(root, disk)``, and at its end.
+
+    ``before(root, disk)`` is what was done in peace; ``times(root)`` cuts are tried after a call.
+    """
+    root, left, draws = folder / "disk", [], random.Random(cut)
+    names, data = CUTS[cut]
+
+    def look(disk):
+        for _ in range(times(root)):
+            left.append(folder / f"left{len(left)}")
+            disk.after_cut(left[-1], lambda f: names(draws, f), lambda f: data(draws, f))
+
+    root.mkdir()
+    disk = Watched(root)
+    before(root, disk)
+    look(disk)
+    disk.look = look
+    act(root, disk)
+    look(disk)
+    return [read(state) for state in left]
+
+
+def assert_one_after_the_other(found, old, new, cut):
+    """Old and new are all that a power cut leaves; first old, at the end new, and none comes back."""
+    assert set(found) == {old, new} and (found[0], found[-1]) == (old, new)
+    assert cut == "as it comes" or found == sorted(found, key=[old, new].index)
+
+
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_power_cut_at_any_moment_of_a_save(tmp_path, world, cut):
     """The newest checkpoint is the one before or the new one; the new one from the moment on in which save returns."""
-    root, left, found = tmp_path / "disk", tmp_path / "left", []
-    root.mkdir()
-    draws, looking = random.Random(cut), False
-    names, data = CUTS[cut]
 
-    def look(disk):
-        many = cut == "some removals late" and NEW in saving.steps(root / "run")
-        for _ in range(looking * (16 if many else 1)):
-            state = left / str(len(found))
-            disk.after_cut(state, lambda f: names(draws, f), lambda f: data(draws, f))
-            found.append(newest(state / "run"))
+    def save(root, disk, step=NEW):
+        folder = saving.folder_of(root / "run", step)
+        assert states.save(root / "run", step, world, [disk] * world, **LAYOUT) == [folder] * world
+        assert saving.steps(root / "run") == [step]
 
-    left.mkdir()
-    disk = Watched(root, look)
-    assert (
-        states.save(root / "run", BEFORE, world, [disk] * world, **LAYOUT)
-        == [saving.folder_of(root / "run", BEFORE)] * world
+    def before(root, disk):
+        save(root, disk, BEFORE)
+        disk.after_cut(tmp_path / "first", lambda f: f.forced, lambda f: f.forced)
+        assert newest(tmp_path / "first" / "run") == BEFORE
+
+    def times(root):
+        return 16 if cut == "some removals late" and NEW in saving.steps(root / "run") else 1
+
+    found = after_cuts(tmp_path, cut, before, save, lambda left: newest(left / "run"), times)
+    assert_one_after_the_other(found, BEFORE, NEW, cut)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_power_cut_while_checkpoints_are_set_aside(tmp_path, cut):
+    """The later one is there whole or is not, and is not from the moment on in which ``set_aside`` returns."""
+
+    def before(root, disk):
+        for step in (BEFORE, NEW):
+            states.save(root / "run", step, 1, [disk], **(LAYOUT | {"keep": 2}))
+
+    def act(root, disk):
+        saving.set_aside(root / "run", BEFORE, disk)
+        assert saving.is_whole(root / "run" / "checkpoints" / f"abandoned_step_{NEW:08d}")
+
+    assert_one_after_the_other(
+        after_cuts(tmp_path, cut, before, act, lambda left: newest(left / "run")), NEW, BEFORE, cut
     )
-    disk.after_cut(left / "first", lambda f: f.forced, lambda f: f.forced)
-    assert newest(left / "first" / "run") == BEFORE
-    looking = True
-    assert states.save(root / "run", NEW, world, [disk] * world, **LAYOUT)[0].name == f"step_{NEW:08d}"
-    assert set(found) == {BEFORE, NEW} and (found[0], found[-1]) == (BEFORE, NEW)
-    assert cut == "as it comes" or found == sorted(found)
-    assert saving.steps(root / "run") == [NEW]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_power_cut_while_one_file_is_written(tmp_path, cut):
+    """It is the one before or the new one, the new one when ``whole`` ends, though its writer forces nothing."""
+
+    def written(data):
+        def act(root, disk):
+            with storage.whole(root / "run" / "file", disk) as temporary:
+                handle = disk.create(temporary)
+                disk.write(handle, data)
+                disk.close(handle)
+
+        return act
+
+    def read(left):
+        file = left / "run" / "file"
+        return file.read_bytes() if file.exists() else None
+
+    found = after_cuts(tmp_path, cut, written(b"the old"), written(b"the new"), read)
+    assert_one_after_the_other(found, b"the old", b"the new", cut)
 
 
 # ----------------------------------------------------------------------------------------- disks that fail, or are full
@@ -331,6 +389,24 @@ def test_an_error_that_is_not_the_disks_fails_all_ranks_too(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_save_that_lacks_a_piece_commits_nothing(tmp_path, world):
+    """As by a layout in which no rank owns it."""
+    states.save(tmp_path, BEFORE, world, **LAYOUT)
+    job, lost = saving.job, "ema/two"
+
+    def lacking(*args):
+        found = job(*args)
+        return found._replace(pieces={name: x for name, x in found.pieces.items() if name != lost})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "job", lacking)
+        found = states.save(tmp_path, NEW, world, **LAYOUT)
+    told = f".step_{NEW:08d}.tmp/manifest.json: the pieces of {lost} hold 0 of its 6 elements"
+    assert all(isinstance(error, StorageError) and told in str(error) for error in found), found
+    assert newest(tmp_path) == BEFORE and os.listdir(tmp_path / "checkpoints") == [f"step_{BEFORE:08d}"]
+
+
 # ------------------------------------------------------------------------------------------------------------ the parts
 
 
@@ -388,9 +464,12 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     record.write_json(path, {"a": 1})
     assert path.read_text() == '{\n  "a": 1\n}\n'
-    for at in range(1, 6):
+    disk = Failing()
+    storage.write_json(path, {"a": 2}, disk=disk)
+    assert disk.count == 6  # create, write and sync; sync again, for writers that do not; rename; sync of its name
+    for at in range(1, 7):
         with pytest.raises(OSError):
-            storage.write_json(path, {"a": 2}, disk=Failing(at))
+            storage.write_json(path, {"a": 1}, disk=Failing(at))
         assert path.read_text() in ('{\n  "a": 1\n}\n', '{\n  "a": 2\n}\n') and os.listdir(tmp_path) == ["a.json"]
     with pytest.raises(TypeError):
         storage.write_json(path, {"a": object()})
