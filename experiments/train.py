@@ -56,11 +56,11 @@ def main(run: config.Run) -> None:
         watch = stack.enter_context(health.Watch(meshes.store(), rank, world))
         signals = stack.enter_context(health.Signals())
         health.same_everywhere(meshes.store(), rank, world, "command line", shared(run))
+        if lock := health.on_rank_0(meshes.store(), rank, "lock", lambda: record.Lock(run.out)):
+            stack.enter_context(lock)
+        health.Exit.keep(run.out, rank, world)
         mesh = meshes.make_mesh(world, rank, **checks.axes(run, world))
         meshes.warm_up(mesh)
-        if rank == 0:
-            stack.enter_context(record.Lock(run.out))
-        health.Exit.keep(run.out, rank, world)
         front = plan.load_front(run, mesh)
         dataset = data.open_dataset(run.data, front.tokenize)
         told = {"data": identity(dataset), "encoders": front.fingerprints}
@@ -140,9 +140,9 @@ def wanted(composed: plan.Plan, dataset: data.Dataset, broken: list[Path]) -> Pa
     path = checkpoint.find(run.resume, run.out, broken)
     if path is None:
         return None
+    told = checkpoint.read_about(path)
     if checkpoint.steps(run.out) and path.resolve().parent != (run.out / "checkpoints").resolve():
         raise ValueError(f"resume {path} would go on in {run.out}, which holds another run: use another --out")
-    told = checkpoint.read_about(path)
     if told["data"] != identity(dataset):
         raise CheckpointError(
             f"{path} was written with data {told['data']}, this run has {identity(dataset)}: give that data"
@@ -250,6 +250,8 @@ def leave(composed, dataset, state, saver, signals) -> None:
     """Saves and raises Stopped, on all ranks after the same step."""
     saver.save(state, about(composed, dataset, state))
     saver.settle()
+    signals.end()
+    collectives.barrier(composed.mesh.all)  # or the launcher, which sees one rank leave, ends others that still listen
     by = signals.asked or "a signal to another rank"
     told = f"stopped by {by} at step {state.step}, which is saved: go on with --resume latest"
     raise health.Stopped(told if composed.mesh.rank == 0 else "")

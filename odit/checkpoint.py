@@ -159,10 +159,11 @@ def open_weights(path: Path, which: str = "ema") -> Weights:
 
 def _taken(weights: Weights, role: str, plan: Plan) -> tree.Tree:
     """This rank's parts, each held to its declaration."""
-    _check_names(weights, role, plan)
+    told_in = weights.path / MANIFEST if weights.path.is_dir() else weights.path
+    _check_names(told_in, set(weights.shapes), role, plan)
 
     def leaf(name: str, declared, spec):
-        _check_shape(weights.path, f"{role}/{name}", weights.shapes[name], declared.shape)
+        _check_shape(told_in, f"{role}/{name}", weights.shapes[name], declared.shape)
         start, shape = spec.offsets(declared.shape, plan.layout.axis.rank), spec.local_shape(declared.shape)
         return weights.read(name, start, shape).to(plan.home)
 
@@ -184,14 +185,12 @@ def _readable(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
-def _check_names(weights: Weights, role: str, plan: Plan) -> None:
-    found, wanted = set(weights.shapes), set(tree.paths(plan.declared))
+def _check_names(path: Path, found: set[str], role: str, plan: Plan) -> None:
+    wanted = set(tree.paths(plan.declared))
     if missing := sorted(wanted - found):
-        raise CheckpointError(f"{weights.path} has no tensor {role}/{missing[0]}: it was written for another model")
+        raise CheckpointError(f"{path} has no tensor {role}/{missing[0]}: it was written for another model")
     if extra := sorted(found - wanted):
-        raise CheckpointError(
-            f"{weights.path} holds {len(extra)} tensors this model has not, the first is {role}/{extra[0]}"
-        )
+        raise CheckpointError(f"{path} holds {len(extra)} tensors this model has not, the first is {role}/{extra[0]}")
 
 
 def _check_shape(path: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -228,9 +227,15 @@ def _all_of(shape: tuple[int, ...]) -> Box:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a checkpoint folder or a weights file says of itself: config, shape, step, data."""
+    """What a checkpoint folder or a weights file says of itself: config, shape, step, data. Raises CheckpointError."""
     if path.is_dir():
-        return manifest.read(path).about
+        about = manifest.read(path).about
+        if about.get("crash"):
+            raise CheckpointError(
+                f"{path} is a bad step that was kept for --replay, and no state of a run: "
+                "give one of out/checkpoints/step_*"
+            )
+        return about
     told = _told(path)
     if told is None:
         raise CheckpointError(f"{path} does not say which model it holds: use a file or checkpoint that odit wrote")

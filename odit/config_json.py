@@ -14,7 +14,7 @@ from odit.config import Parallel
 # Settings that a resumed run may change: none of them changes what the run means. (ring_fp8 rounds what is computed.)
 FREE = {
     *("out", "stop_at", "micro_batch", "resume", "init_from", "replay", "crashes", "log_every", "checkpoint_every"),
-    *("checkpoint_async", "keep"),
+    *("checkpoint_async", "keep", "finetune.strict"),
     *(
         "sample_every",
         "validate_every",
@@ -27,7 +27,7 @@ FREE = {
         "graphs",
         "deterministic",
     ),
-    *("device", "threads", "sampling", "evaluation", "data.workers", "data.path", "finetune.strict"),
+    *("device", "threads", "sampling", "evaluation", "data.workers", "data.path", "data.bad_budget"),
     *("encoders.text_path", "encoders.vae", "encoders.vae_path", "encoders.place"),  # their fingerprints are compared
     *(f"parallel.{setting.name}" for setting in dataclasses.fields(Parallel) if setting.name != "ring_fp8"),
 }

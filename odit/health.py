@@ -33,7 +33,7 @@ AGAIN_S = 1.0  # a signal that comes sooner is the first one twice: to the termi
 
 ROLL_CALL_S = 2.0  # what ranks have to answer; a thread of each does so at once
 WORDS_S = 3.0  # what ranks have to raise the error that another one of them has ended by
-TELL_S = 2.0  # what storage has to take an exit code
+TELL_S = 5.0  # what storage has to take an exit code, and a pipe the last words
 LOOK_S = 1.0  # how often a watch looks whether a step is late, and whether the other ranks of this machine live
 FOREVER_S = 20 * 86400.0  # in milliseconds it still fits the integer that the store uses
 
@@ -55,7 +55,11 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Takes SIGTERM, SIGINT and SIGUSR1 as a wish to stop after the step; a second one ends this process at once."""
+    """Takes SIGTERM, SIGINT and SIGUSR1 as a wish to stop after the step; a second one ends this process at once.
+
+    A rank that comes to its end ignores them: its launcher sends SIGTERM as soon as it sees that another one has left,
+    and each is to tell how it ended. One that hangs there is killed by the launcher, which waits for 30 s.
+    """
 
     def __init__(self):
         self.asked: str | None = None
@@ -68,26 +72,39 @@ class Signals:
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if _is_rank() else handler)
+
+    def end(self) -> None:
+        """Where a launcher started this process, takes none from now on: what is left to do is to leave."""
+        if _is_rank():
+            _ignore_signals()
 
     def _take(self, number: int, frame: Any) -> None:
         if self.asked is None:
             self.asked, self.at = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self.at >= AGAIN_S:
+            _ignore_signals()  # it leaves within seconds, and one that comes between would have to wait for itself
             leave(128 + number)
+
+
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Exit:
     """``exit/00000.json`` under a run's folder: this rank's own exit code and reason, as torchrun returns 1 for any."""
 
     path: Path | None = None
-    writing = threading.RLock()  # of a rank's threads, each of which then ends the process
+    taking = threading.RLock()  # the path, by a rank's threads, each of which then ends the process
+    told = threading.Event()
+    told.set()
 
     @classmethod
     def keep(cls, out: Path, rank: int, world: int = 1) -> None:
         """From now on this process tells its end there; what earlier ones told goes, of ranks that are no more too."""
         storage.make_folders(out / "exit")
-        cls.path = out / "exit" / f"{rank:05d}.json"
+        cls.path, cls.told = out / "exit" / f"{rank:05d}.json", threading.Event()
         cls.path.unlink(missing_ok=True)
         for path in (out / "exit").glob("*.json") if rank == 0 else ():
             if path.name >= f"{world:05d}.json":
@@ -95,17 +112,20 @@ class Exit:
 
     @classmethod
     def tell(cls, code: int, reason: str = "") -> None:
-        """Writes it, once; who comes later waits for that, for a while. Storage that fails is not told of, as there is
-        no place to."""
-        if not cls.writing.acquire(timeout=TELL_S):
-            return
-        try:
+        """Writes it, once; that, and who comes later, takes ``TELL_S`` at most: storage may hang. Where it fails nobody
+        is told, as there is no place to."""
+        with cls.taking:
             path, cls.path = cls.path, None
-            if path is not None:
-                with contextlib.suppress(OSError):
-                    storage.write_json(path, {"code": code, "reason": reason})
-        finally:
-            cls.writing.release()
+        if path is not None:
+            told = {"code": code, "reason": reason}
+            threading.Thread(target=cls._write, args=(path, told, cls.told), daemon=True).start()
+        cls.told.wait(TELL_S)
+
+    @staticmethod
+    def _write(path: Path, told: dict[str, Any], done: threading.Event) -> None:
+        with contextlib.suppress(Exception):
+            storage.write_json(path, told)
+        done.set()
 
 
 def first_bad(named: tree.Tree) -> str | None:
@@ -122,23 +142,21 @@ def run(main: Callable[[], None]) -> None:
         main()
         Exit.tell(0)
     except Stopped as error:
-        if str(error):
-            print(error, flush=True)
         Exit.tell(STOPPED, str(error))
+        if str(error):
+            briefly(print, error)
         leave(STOPPED)
     except Exception as error:
-        code, several = exit_code(error), "RANK" in os.environ
+        code, words = exit_code(error), f"error: {sentence(error)}"
         Exit.tell(code or 1, sentence(error))
-        if code is not None and "ODIT_TRACEBACK" not in os.environ:
-            print(
-                "\n" * several + f"error: {sentence(error)}", file=sys.stderr
-            )  # another rank's bar may stand on this line
-        elif several:
-            traceback.print_exc()
-        else:
-            raise
-        if several:
+        told = code is not None and "ODIT_TRACEBACK" not in os.environ
+        if _is_rank():
+            # another rank's bar may stand on this line
+            briefly(*((print, f"\n{words}") if told else (traceback.print_exception, error)), file=sys.stderr)
             leave(code or 1)
+        if not told:
+            raise
+        print(words, file=sys.stderr)
         sys.exit(code)
 
 
@@ -163,11 +181,50 @@ def exit_code(error: Exception) -> int | None:
 
 
 def leave(code: int) -> None:
-    """Ends this process here: the way through destructors may wait for ranks that are gone."""
-    Exit.tell(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    """Ends this process here, whatever storage and pipes do: the way through destructors may wait for ranks that are
+    gone."""
+    try:
+        Exit.tell(code)
+        for stream in (sys.stdout, sys.stderr):
+            briefly(print, end="", file=stream, flush=True)
+    finally:
+        os._exit(code)
+
+
+def briefly(fn: Callable, *args: Any, **settings: Any) -> None:
+    """Calls ``fn`` in a thread, waits ``TELL_S`` and lets its errors pass: a pipe may have lost its reader, or be full
+    before one that does not read."""
+
+    def call() -> None:
+        with contextlib.suppress(Exception):
+            fn(*args, **settings)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(TELL_S)
+
+
+def _is_rank() -> bool:
+    """Whether a launcher started this process, as a rank of a job."""
+    return "RANK" in os.environ
+
+
+def on_rank_0(store: Any, rank: int, what: str, fn: Callable[[], Any]) -> Any:
+    """What ``fn()`` returns on rank 0, None on the others; its ValueError or OSError on all of them. Needs no group."""
+    result, error = None, None
+    if rank == 0:
+        try:
+            result = fn()
+        except (ValueError, OSError) as found:
+            error = found
+        if store is not None:
+            store.set(f"{what}/verdict", json.dumps(error and (exit_code(error), str(error))))
+        if error:
+            raise error
+    elif told := json.loads(store.get(f"{what}/verdict")):
+        code, words = told
+        raise (OSError if code == STORAGE else ValueError)(words)
+    return result
 
 
 def same_everywhere(store: Any, rank: int, world: int, what: str, told: dict[str, Any]) -> None:
@@ -274,7 +331,7 @@ class Watch:
             if lost := sorted(gone & before):  # seen twice: an error of a collective comes first, and says more
                 reason = f"{meshes.name_ranks(lost)} ended"
             if reason:
-                with contextlib.suppress(RuntimeError):
+                with contextlib.suppress(Exception):
                     self._call(store, reason)
                 leave(DISTRIBUTED)
 
@@ -293,7 +350,7 @@ class Watch:
         for turn in range(3):
             if store.add(f"turn/{turn}", 1) == 1:
                 told = call_roll(store, self.rank, self.world, told)
-                print(f"\nerror: {told}", file=sys.stderr, flush=True)
+                briefly(print, f"\nerror: {told}", file=sys.stderr, flush=True)
                 store.set("told", told)
             if meshes.wait_for(store, "told", ROLL_CALL_S + 1):
                 told = store.get("told").decode()

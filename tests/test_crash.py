@@ -14,7 +14,7 @@ from conftest import redraw, script
 from states import FullDisk
 from test_precision import KEY, RUN, dataset, drawn_state, leaves_of, share_of
 
-from odit import checkpoint, config, crash, data, ops, plan, saving, train, tree
+from odit import checkpoint, config, crash, data, ops, plan, saving, source, train, tree
 from odit.config_json import to_json
 from odit.crash import Replay, replay
 from odit.data import loader
@@ -300,6 +300,26 @@ def test_damage_and_other_folders_are_refused(tmp_path, monkeypatch):
         replay(Replay(folder, "cpu"))
     with pytest.raises(ValueError, match=r"replay .* takes the place of a run"):
         plan.compose(run_at(tmp_path, replay=folder), composed_shape())
+
+
+def going_on(mesh, run):
+    """What ``--resume`` says on this rank."""
+    with pytest.raises(CheckpointError) as refused:
+        script("train").restore(plan.make(run, dataset(), mesh), dataset())
+    return str(refused.value)
+
+
+def test_a_kept_step_is_no_state_to_go_on_from(ranks, tmp_path):
+    run = run_at(tmp_path)
+    (folder,), *_ = bad_steps_on(single(), run, "nan", 0)
+    composed = plan.make(run, dataset())
+    checkpoint.save(composed, drawn_state(composed)._replace(step=1), {})
+    told = (
+        f"{folder} is a bad step that was kept for --replay, and no state of a run: give one of out/checkpoints/step_*"
+    )
+    assert ranks.run(2, going_on, dataclasses.replace(run, resume=str(folder))) == [told, told]
+    with pytest.raises(CheckpointError, match="is a bad step that was kept for --replay"):
+        source.open_source(folder)
 
 
 def composed_shape():

@@ -122,6 +122,14 @@ def test_resuming_another_run_is_refused(tiny, change, message):
         train_script.main(variant(tiny, steps=4, resume="latest", **change))
 
 
+def test_a_run_goes_on_with_another_budget_of_bad_samples(tiny):
+    """As one that stopped over it says."""
+    train_script.main(variant(tiny, steps=4, stop_at=1))
+    more = dataclasses.replace(tiny.data, bad_budget=0.05)
+    train_script.main(variant(tiny, steps=4, resume="latest", data=more))
+    assert checkpoint.steps(tiny.out) == [1, 4]
+
+
 def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(tiny):
     run = variant(tiny, steps=8, checkpoint_every=2, keep=3)
     train_script.main(run)
@@ -259,16 +267,33 @@ def test_the_folder_of_a_run_that_has_not_ended_names_its_checkpoint(tiny):
         train_script.main(variant(tiny, out=tiny.out / "b", init_from=tiny.out))
 
 
-def test_ten_bad_steps_in_a_row_end_the_run(tiny, monkeypatch):
+@pytest.fixture
+def poison(monkeypatch):
+    """poison(steps): the batches of these steps are NaN."""
     whole = train_script.loader.batches
 
-    def poisoned(*args, **kwargs):
-        for batch in whole(*args, **kwargs):
-            yield batch._replace(x=batch.x * float("nan"))
+    def poison(steps):
+        def poisoned(*args, **kwargs):
+            for step, batch in enumerate(whole(*args, **kwargs), 1):
+                yield batch._replace(x=batch.x * float("nan")) if step in steps else batch
 
-    monkeypatch.setattr(train_script.loader, "batches", poisoned)
+        monkeypatch.setattr(train_script.loader, "batches", poisoned)
+
+    return poison
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(tiny, poison):
+    poison(range(1, 21))
     with pytest.raises(NumericError, match=r"10 steps in a row up to 10 were not finite, the last in grad\.patch\.w"):
         train_script.main(tiny)
+
+
+def test_bad_steps_with_a_good_one_between_end_no_run(tiny, poison):
+    poison({*range(1, 10), *range(11, 20)})
+    train_script.main(tiny)
+    trained = [line for line in metrics(tiny.out) if "draw_digest" in line]
+    assert [line["step"] for line in trained if "bad" not in line] == [10, 20]
+    assert checkpoint.read_about(tiny.out / "checkpoints" / "step_00000020")["updates"] == 2
 
 
 def test_what_a_run_writes(tiny):
