@@ -62,9 +62,7 @@ def parse(shape: str) -> Shape:
     return B, L, H, K
 
 
-def row_of(
-    cfg: Attention, backend: attention.Backend, device: torch.device, shape: Shape, wide: int
-) -> dict[str, Any]:
+def row_of(cfg: Attention, backend: attention.Backend, device: torch.device, shape: Shape, wide: int) -> dict[str, Any]:
     """Times forward, and forward with backward."""
     (B, L, H, K), dtype = shape, plan.DTYPES[cfg.precision]
     about = {"wide": wide, "precision": cfg.precision, "device": device_name(device)}

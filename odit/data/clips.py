@@ -70,7 +70,7 @@ class Decoder:
     """One process that decodes, started when first needed; picklable, but the process stays behind.
 
     It runs ``odit/data/decoding.py`` (a plain child, as DataLoader's daemonic workers may have no multiprocessing
-    ones), takes a JSON line a request on its stdin and answers on its stdout. It ends with its parent, however that ends.
+    ones), takes a JSON line a request on its stdin and answers on its stdout. It ends when its parent does.
     """
 
     def __init__(self, timeout_s: float = TIMEOUT_S):
