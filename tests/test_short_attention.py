@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import normal
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from odit import ops, random
+from odit import ops, random, remat
 
 pytest.importorskip("triton")
 
@@ -235,6 +236,39 @@ def test_jvp_and_second_derivatives(whole):
 
 
 # -------------------------------------------------------------------------------------------------------------- compile
+
+
+@pytest.mark.parametrize(
+    "device, L", [("cpu", 9), *(pytest.param("cuda", L, marks=pytest.mark.gpu) for L in (16, 256))]
+)
+@pytest.mark.parametrize("whole", [False, True], ids=["slices", "packed"])
+def test_selective_recomputing_keeps_what_it_gives(whole, device, L):
+    """The forward pass runs once, and not again in backward as the rest does; the same bits."""
+    dtype = BF16 if device == "cuda" else FP32
+    qkv, do = drawn(2, L, 2, 16, dtype, device)
+    name = "short_attention_packed" if whole else "short_attention"
+    runs = []
+
+    class Counts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            runs.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    def block(p, x):
+        x = (x * p).tanh()
+        return (attend_packed(x, 0.25) if whole else attend(*x.unbind(2), 0.25)) * 2
+
+    def used(fn):
+        p = torch.ones((), dtype=dtype, device=device, requires_grad=True)
+        o = fn(p, qkv)
+        runs.clear()
+        with Counts():
+            (dp,) = torch.autograd.grad(o, p, do)
+        return o.detach(), dp
+
+    expected, found = used(block), used(remat.selective(block))
+    assert all(map(torch.equal, found, expected))
+    assert runs.count(f"odit::{name}_backward") == 1 and f"odit::{name}" not in runs and "aten::tanh" in runs
 
 
 GRAD_LOOKED_AT = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by PyTorch itself

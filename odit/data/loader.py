@@ -177,8 +177,8 @@ def list_bad(bad: dict[str, str], num_read: int, bad_budget: float) -> str:
     files = "\n".join(f"  {path}: {reason}" for path, reason in bad.items())
     return (
         f"{len(bad)} bad samples among {num_read} read, data.bad_budget is {bad_budget} "
-        f"({ALWAYS_ALLOWED} are always allowed): raise the budget, which --resume takes too, or begin anew without these "
-        f"files\n{files}"
+        f"({ALWAYS_ALLOWED} are always allowed): raise the budget, which --resume takes too, or begin anew without "
+        f"these files\n{files}"
     )
 
 

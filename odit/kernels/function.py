@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,6 +43,7 @@ def entry(
     gradients: Callable,
     tangent: Callable,
     plain_backward: Callable,
+    seen: bool = False,
 ) -> Callable:
     """One function of ``forward`` that torch.compile, autograd and torch.func all take.
 
@@ -56,6 +58,7 @@ def entry(
         saved: (inputs, output) -> the tensors that backward and tangent need.
         gradients: (cotangents, what backward returned) -> gradients of the tensors.
         tangent: (*saved, *tangents, *settings) -> the change of the output.
+        seen: whether it is the operator under a dispatch mode too, so that recomputing a part of a block can keep it.
     """
     forward_op = torch.library.custom_op(f"odit::{name}", forward, mutates_args=(), schema=schemas[0])
     backward_op = torch.library.custom_op(f"odit::{name}_backward", backward, mutates_args=(), schema=schemas[1])
@@ -79,7 +82,12 @@ def entry(
 
     forward_op.register_autograd(pulled(backward_op), setup_context=setup_context)
     made = function(name, forward, setup_context, pulled(gradient.apply), push)
-    return lambda *args: (forward_op if torch.compiler.is_compiling() else made.apply)(*args)
+
+    def run(*args: Any) -> Any:
+        as_operator = torch.compiler.is_compiling() or (seen and _get_current_dispatch_mode() is not None)
+        return (forward_op if as_operator else made.apply)(*args)
+
+    return run
 
 
 def function(name: str, forward: Callable, setup_context: Callable, backward: Callable, jvp: Callable) -> Any:

@@ -407,6 +407,7 @@ run = entry(
     gradients=lambda _, found: found[0].unbind(2),
     tangent=tangent,
     plain_backward=plain_backward,
+    seen=True,
 )
 
 
@@ -435,6 +436,7 @@ run_packed = entry(
     gradients=lambda _, found: found[:1],
     tangent=lambda qkv, o, lse, dqkv, scale: tangent(*qkv.unbind(2), o, lse, *dqkv.unbind(2), scale),
     plain_backward=packed(plain_backward, 2),
+    seen=True,
 )
 
 
