@@ -1,4 +1,4 @@
-"""Measures: ``python experiments/bench.py kernels | attention | optimizer | train | sample | zero | sequence |
+"""Measures: ``python experiments/bench.py kernels | attention | optimizer | train | sample | save | zero | sequence |
 encoders | rates | forecasts``. One JSON object a row; rates also writes what experiments/plan.py forecasts by;
 ``table`` makes Markdown of rows."""
 
@@ -17,6 +17,7 @@ from odit.bench import (
     optimizer,
     rates,
     sample,
+    save,
     sequence,
     table,
     train,
@@ -29,6 +30,7 @@ BENCHES: dict[str, Callable] = {
     "optimizer": optimizer.optimizer,
     "train": train.train_rows,
     "sample": sample.sample_rows,
+    "save": save.save_rows,
     "zero": zero.zero,
     "sequence": sequence.sequence,
     "encoders": encoders.encoders,

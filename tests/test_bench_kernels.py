@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from odit.bench import attention, kernels, optimizer, rates, sample, sequence, table, train, zero
+from odit.bench import attention, kernels, optimizer, rates, sample, save, sequence, table, train, zero
 
 pytest.importorskip("triton")
 
@@ -114,6 +114,17 @@ def test_rows_of_pictures_tell_what_was_taken(capsys):
     assert row["way"] == way and row["s"] > 0
     assert "kernels: reference (auto; no fused ones: " in row["taken"]
     assert row["taken"].endswith("; graphs: none (the device is cpu)")
+
+
+def test_the_row_of_a_save(tmp_path, capsys):
+    cfg = save.Save("digits", batch=4, steps=2, warmup=1, out=tmp_path / "run", device="cpu")
+    save.save_rows(cfg)
+    row = json.loads(capsys.readouterr().out)
+    assert row["bytes_equal"] and row["gib"] >= 0 and 0 < row["handed_over_s"] and row["sync_s"] > 0
+    assert not cfg.out.exists()
+    cfg.out.mkdir()
+    with pytest.raises(ValueError, match="run is there already"):
+        save.save_rows(cfg)
 
 
 @pytest.mark.parametrize("changes", [{"sp": (2, 0)}, {"lengths": (0,)}, {"frames": 0}, {"batch": -1}])
