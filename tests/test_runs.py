@@ -19,7 +19,7 @@ from odit.config_json import from_json
 from odit.health import CheckpointError, NumericError
 
 ROOT = Path(__file__).parent.parent
-TIMED = {"samples_per_s"}
+TIMED = {"samples_per_s", "peak_gib"}  # what a process has held, too, is its own
 
 
 train_script, sample_script, evaluate_script = script("train"), script("sample"), script("evaluate")
