@@ -1,6 +1,7 @@
 """The DiT against diffusers', against a slow one written from the paper, and against what must hold of any DiT."""
 
 import cmath
+import collections
 import copy
 import dataclasses
 import math
@@ -622,3 +623,29 @@ def test_check_passes_what_can_be_built(options):
     for size in dit.SIZES:
         for patch in (2, 4, 8):
             dit.check(dit.sized(size, patch, **options), IMAGENET)
+
+
+# --- sums left to the next modulation ---
+
+
+@each_option
+def test_sums_left_to_the_next_modulation_change_nothing(options):
+    """Whatever is not the plain ``layers`` gets blocks that sum themselves, and the same bits."""
+    cfg = dataclasses.replace(CFG, **options)
+    params, (x, t, y), calls = drawn(cfg, SHAPE), batch(SHAPE), collections.Counter()
+
+    def watched(name):
+        def site(*args):
+            calls[name] += 1
+            return getattr(ops, name)(*args)
+
+        return site
+
+    def run(**sites):
+        leaves = [p.detach().requires_grad_() for p in tree.leaves(params)]
+        out = dit.forward(tree.unflatten(params, leaves), x, t, y, cfg, Ops(**sites))
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    found = run(**{name: watched(name) for name in ("gated", "modulate", "gated_modulate")})
+    assert calls == {"modulate": 1, "gated_modulate": 2 * cfg.depth}
+    assert all(map(torch.equal, found, run(layers=lambda *args: ops.layers(*args))))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,7 +117,8 @@ def forward(params: dict, x: Tensor, t_B: Tensor, y: Any, cfg: Config, ops: Ops 
     c_BD, caption = condition(params, t_B, y, cfg)
     h, rotary = ops.enter(h, *rotary)
     blocks, c = for_blocks(params, c_BD)
-    h = ops.layers(make_block(cfg, ops), blocks, h, c, rotary, *caption)
+    block = make_block(cfg, ops, sums=ops.layers is not layers)  # other layers hand on tensors
+    h = ops.layers(block, blocks, h, c, rotary, *caption)
     return nn.unpatchify(ops.leave(final(params["final"], h, c_BD, ops)), size, cfg.patch, cfg.frame_patch)
 
 
@@ -164,23 +165,43 @@ def each_block(fn: Callable[[dict], Any], p: dict) -> Any:
     return fn(p) if "qkv" in p else {name: each_block(fn, q) for name, q in p.items()}
 
 
-def final(p: dict, x_BLD: Tensor, c_BD: Tensor, ops: Ops) -> Tensor:
+def final(p: dict, x: Tensor | Unsummed, c_BD: Tensor, ops: Ops) -> Tensor:
     """The final layer: (B, L, outputs * C * P)."""
     shift, scale = (p["table"] + c_BD[:, None]).unbind(1) if "table" in p else nn.adaln(c_BD, p["adaln"], 2)
-    return linear(ops.modulate(x_BLD, shift, scale), p["out"])
+    return linear(modulated(x, shift, scale, ops)[1], p["out"])
 
 
-def make_block(cfg: Config, ops: Ops) -> Callable:
-    """One block as a function ``(p, x_BLD, c, rotary, *caption) -> x_BLD``; one object per (cfg, sites in it)."""
-    return _make_block(cfg, replace(ops, layers=layers))
+class Unsummed(NamedTuple):
+    """x + gate branch (B, L, D), whose sum is left to the modulation after it: both are one pass over memory, and so
+    are their gradients."""
+
+    x: Tensor
+    gate: Tensor
+    branch: Tensor
+
+
+def modulated(x: Tensor | Unsummed, shift: Tensor, scale: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
+    """x, summed, and its modulation."""
+    if isinstance(x, Unsummed):
+        return ops.gated_modulate(*x, shift, scale)
+    return x, ops.modulate(x, shift, scale)
+
+
+def make_block(cfg: Config, ops: Ops, sums: bool = True) -> Callable:
+    """One block as a function ``(p, x_BLD, c, rotary, *caption) -> x_BLD``; one object per (cfg, sites in it).
+
+    Without ``sums`` it gives, and after the first one gets, an ``Unsummed``.
+    """
+    return _make_block(cfg, replace(ops, layers=layers), sums)
 
 
 @functools.lru_cache(maxsize=64)
-def _make_block(cfg: Config, ops: Ops) -> Callable:
+def _make_block(cfg: Config, ops: Ops, sums: bool) -> Callable:
     """Must not see ``ops.layers``, which a layout makes anew each step around that step's weights."""
+    run = run_block if sums else run_unsummed
 
-    def block(p: dict, x: Tensor, c: Tensor, rotary: tuple[Tensor, ...], *caption: Tensor) -> Tensor:
-        return run_block(cfg, ops, ops.attend, p, x, c, rotary, *caption)
+    def block(p: dict, x: Tensor | Unsummed, c: Tensor, rotary: tuple[Tensor, ...], *caption: Tensor) -> Any:
+        return run(cfg, ops, ops.attend, p, x, c, rotary, *caption)
 
     return block
 
@@ -194,8 +215,15 @@ def run_block(
         attend: what the tokens do with q, k and v (B L H K).
         c: silu(c) (B, D), or (B, 6 D) under adaLN-single.
     """
+    return ops.gated(*run_unsummed(cfg, ops, attend, p, x, c, rotary, *caption))
+
+
+def run_unsummed(
+    cfg: Config, ops: Ops, attend: Callable, p: dict, x: Tensor | Unsummed, c: Tensor, rotary: tuple, *caption: Tensor
+) -> Unsummed:
+    """``run_block`` but for its last sum."""
     shift1, scale1, gate1, shift2, scale2, gate2 = modulations(p, c)
-    h = ops.modulate(x, shift1, scale1)
+    x, h = modulated(x, shift1, scale1, ops)
     branch = ops.out(attend(*ops.qkv(h, p["qkv"], rotary)), p["out"])
     if "cross" in p:
         x = ops.gated(x, gate1, branch)
@@ -203,7 +231,7 @@ def run_block(
         h = ops.modulate(x, shift2, scale2, cfg.mlp_eps)
     else:
         x, h = ops.gated_modulate(x, gate1, branch, shift2, scale2, cfg.mlp_eps)
-    return ops.gated(x, gate2, ops.mlp(h, p["mlp"]))
+    return Unsummed(x, gate2, ops.mlp(h, p["mlp"]))
 
 
 def modulations(p: dict, c: Tensor) -> tuple[Tensor, ...]:
