@@ -56,7 +56,7 @@ def main(run: config.Run) -> None:
         watch = stack.enter_context(health.Watch(meshes.store(), rank, world))
         signals = stack.enter_context(health.Signals())
         health.same_everywhere(meshes.store(), rank, world, "command line", shared(run))
-        if lock := health.on_rank_0(meshes.store(), rank, "lock", lambda: record.Lock(run.out)):
+        if lock := health.told_by_rank_0(meshes.store(), rank, "lock", lambda: record.Lock(run.out)):
             stack.enter_context(lock)
         health.Exit.keep(run.out, rank, world)
         mesh = meshes.make_mesh(world, rank, **checks.axes(run, world))

@@ -17,7 +17,7 @@ from odit import tree
 from odit.ops import Ops
 
 BACKEND: Any = "inductor"
-VERSIONS = 256  # of a block that are kept, one a shape
+VERSIONS = 1024  # of blocks' code that are kept, one a shape, kind and model
 EAGER = ("odit.parallel", "odit.tree")  # code that ends a graph: what passes between ranks, and what it calls
 
 
@@ -43,6 +43,7 @@ def compiled_block(block: Callable, backend: Any) -> Callable:
     inference = torch.compile(block, backend=backend, dynamic=True)
 
     def run(p: tree.Tree, x: Tensor, *args: Any) -> Tensor:
+        _keep_versions()
         x = x.contiguous()  # a share of tokens is a view in the first block and is none in the others
         if torch.is_grad_enabled():
             return training(p, x, *args)
@@ -64,14 +65,19 @@ def _fixed(x: Tensor, first: int) -> Tensor:
 def _prepare() -> None:
     """Has torch.compile end its graph at every call of code under ``EAGER``, and compile what that calls on its own;
     torch.compiler.disable on each function would cost every run the 1.5 s that loading the compiler takes.
-
-    It keeps ``VERSIONS`` of a block: beyond its own 8, which is a few buckets, blocks would not be compiled any more.
     """
     import torch._dynamo
 
-    torch._dynamo.config.recompile_limit = VERSIONS
     for package in EAGER:
         torch._dynamo.trace_rules.add(package)
+
+
+def _keep_versions() -> None:
+    """Beyond its own 8 of a block, which is a few buckets, torch.compile would run them eagerly. Each thread has such
+    settings of its own, and a backward pass that runs blocks again is in another one."""
+    found = torch._dynamo.config
+    if found.recompile_limit < VERSIONS:
+        found.recompile_limit = found.accumulated_recompile_limit = VERSIONS
 
 
 @functools.cache

@@ -167,7 +167,8 @@ def _layout(plan: Plan) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Replay:
-    """Executes a step that went bad again, forward and backward, on one device."""
+    """Executes a step that went bad again, forward and backward, on one device; sums of gradients between blocks may be
+    rounded otherwise than in the run."""
 
     replay: Path
     """Folder of the step, out/crashes/step_*; all settings are those of its run."""

@@ -209,8 +209,11 @@ def _is_rank() -> bool:
     return "RANK" in os.environ
 
 
-def on_rank_0(store: Any, rank: int, what: str, fn: Callable[[], Any]) -> Any:
-    """What ``fn()`` returns on rank 0, None on the others; its ValueError or OSError on all of them. Needs no group."""
+def told_by_rank_0(store: Any, rank: int, what: str, fn: Callable[[], Any]) -> Any:
+    """What ``fn()`` returns on rank 0, None on the others. Needs no group.
+
+    Raises its ValueError or OSError on all ranks, on the others as one of these two kinds with the same sentence.
+    """
     result, error = None, None
     if rank == 0:
         try:

@@ -23,7 +23,9 @@ import odit
 from odit import media
 from odit.config import Run
 from odit.config_json import to_json
-from odit.storage import DISK, Disk, make_folders, whole, write_json, writing
+from odit.storage import DISK, Disk, make_folders, whole, write_file, write_json, writing
+
+SIDE = 512  # pixels of a picture in TensorBoard; the file has all
 
 
 class Recorder:
@@ -39,10 +41,10 @@ class Recorder:
         # Where a run writes is no part of how its pictures came about: two runs of one config write the same bytes.
         del config["out"], versions["command"]
         self.recipe = {**config, "versions": versions}
-        cut_metrics(run.out / "metrics.jsonl", step)
+        cut_metrics(run.out / "metrics.jsonl", step, disk)
         with contextlib.ExitStack() as files:
             self.metrics = files.enter_context(Appended(run.out / "metrics.jsonl", disk))
-            events = files.enter_context(Appended(event_file(run.out / "tensorboard"), disk))
+            events = files.enter_context(Appended(event_file(run.out / "tensorboard", disk), disk))
             self.board = Board(events, purge_step=step + 1 if step else None)
             self.files = files.pop_all()
 
@@ -70,7 +72,7 @@ class Recorder:
                 media.save_png(path, shown_CHW, recipe)
             else:
                 media.save_mp4(path, media.clip_grid(x, columns), fps, recipe)
-        self.board.add_image("samples", media.pixels(shown_CHW[None])[0], step)
+        self.board.add_image("samples", shown_CHW, step)
         return path
 
     def __enter__(self) -> Recorder:
@@ -87,7 +89,9 @@ class Appended:
     """
 
     def __init__(self, path: Path, disk: Disk = DISK):
-        self.path, self.disk, self.file = path, disk, open(path, "ab", buffering=0)
+        self.path, self.disk = path, disk
+        with writing(path, 0, disk):
+            self.file = open(path, "ab", buffering=0)
 
     def write(self, data: bytes) -> None:
         """Appends all of it."""
@@ -122,17 +126,22 @@ class Board:
         """A point of a curve."""
         self._add(step=step, summary=self.summary.scalar(name, value))
 
-    def add_image(self, name: str, pixels_HWC: Tensor, step: int) -> None:
-        """A picture, uint8."""
-        self._add(step=step, summary=self.summary.image(name, pixels_HWC, dataformats="HWC"))
+    def add_image(self, name: str, picture_CHW: Tensor, step: int) -> None:
+        """A picture, of values in [-1, 1], at most ``SIDE`` pixels wide and high: its checksum takes a second for some
+        MiB, in which training stands still."""
+        shrink = max(1, -(-max(picture_CHW.shape[1:]) // SIDE))
+        size = [max(1, side // shrink) for side in picture_CHW.shape[1:]]
+        small_1CHW = torch.nn.functional.adaptive_avg_pool2d(picture_CHW[None].float(), size)
+        self._add(step=step, summary=self.summary.image(name, media.pixels(small_1CHW)[0], dataformats="HWC"))
 
     def _add(self, **event: Any) -> None:
         self.records.write(self.event(wall_time=time.time(), **event).SerializeToString())
 
 
-def event_file(folder: Path) -> Path:
+def event_file(folder: Path, disk: Disk = DISK) -> Path:
     """A new name in TensorBoard's folder, which is made; names sort by time."""
-    make_folders(folder)
+    with writing(folder, 0, disk):
+        make_folders(folder, disk)
     now_s, ns = divmod(time.time_ns(), 10**9)
     return folder / f"events.out.tfevents.{now_s:010d}.{socket.gethostname()}.{os.getpid()}.{ns:09d}"
 
@@ -196,7 +205,7 @@ class Lock:
         self.file.close()
 
 
-def cut_metrics(path: Path, step: int) -> None:
+def cut_metrics(path: Path, step: int, disk: Disk = DISK) -> None:
     """Keeps the whole lines of steps up to ``step``."""
     if not path.exists():
         return
@@ -208,8 +217,8 @@ def cut_metrics(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     data = "".join(kept).encode()
-    with writing(path, len(data)), whole(path) as temporary:
-        temporary.write_bytes(data)
+    with writing(path, len(data), disk), whole(path, disk) as temporary:
+        write_file(temporary, [data], disk)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

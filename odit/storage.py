@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -142,22 +143,23 @@ def writing(path: Path, needed: int, disk: Disk = DISK) -> Iterator[None]:
 
     Other errors pass, and so does a StorageError: it says more.
     """
+    before = sys.exc_info()[1]  # an error that is being handled already is not this one's reason
     try:
         yield
     except StorageError:
         raise
     except Exception as error:
-        refused = _refusal(error)
+        refused = _refusal(error, before)
         if refused is None:
             raise
         raise StorageError(failure(refused, path, needed, disk)) from error
 
 
-def _refusal(error: Exception) -> OSError | None:
+def _refusal(error: Exception, before: BaseException | None) -> OSError | None:
     """The system's error behind one: itself, the one that torch.save met and raises another over, or safetensors'."""
     if isinstance(error, OSError):
         return error
-    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError) and error.__context__ is not before:
         return error.__context__
     told = re.search(r"\(os error (\d+)\)", str(error))  # what Rust adds to the system's words
     return OSError(int(told[1]), os.strerror(int(told[1]))) if told else None

@@ -208,9 +208,9 @@ def test_what_rank_0_finds_is_raised_on_all_ranks(kind):
         raise kind("why")
 
     store = dist.HashStore()
-    found = in_threads(3, lambda rank: health.on_rank_0(store, rank, "refused", refuse))
+    found = in_threads(3, lambda rank: health.told_by_rank_0(store, rank, "refused", refuse))
     assert [(type(error), str(error)) for error in found] == 3 * [(kind, "why")]
-    assert in_threads(3, lambda rank: health.on_rank_0(store, rank, "fine", lambda: 5)) == [5, None, None]
-    assert health.on_rank_0(None, 0, "alone", lambda: 5) == 5
+    assert in_threads(3, lambda rank: health.told_by_rank_0(store, rank, "fine", lambda: 5)) == [5, None, None]
+    assert health.told_by_rank_0(None, 0, "alone", lambda: 5) == 5
     with pytest.raises(kind, match="why"):
-        health.on_rank_0(None, 0, "alone", refuse)
+        health.told_by_rank_0(None, 0, "alone", refuse)

@@ -1,11 +1,17 @@
 """What a run leaves behind: metrics.jsonl and TensorBoard tell the same."""
 
 import dataclasses
+import errno
 import math
+import os
 
+import pytest
+import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from odit import config, record
+from odit.storage import Disk, StorageError
 
 
 def curves(out):
@@ -33,3 +39,33 @@ def test_tensorboard_shows_the_curves_of_metrics(tmp_path):
         assert all(math.isclose(found[name][step], want[step], rel_tol=1e-7) for step in want)
     assert found["loss"] == {1: 1.0, 2: 0.5, 3: found["loss"][3], 4: 8.0, 5: 10.0} and 2 not in found["gap"]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+def test_pictures_in_tensorboard_are_small(tmp_path):
+    """Of whatever shape; small ones as they are, and the file as it is."""
+    run = dataclasses.replace(config.Run(), out=tmp_path)
+    shapes = [(3, 40, 30), (1, 700, 1500), (3, 4, 5000)]
+    with record.Recorder(run) as recorder:
+        for step, shape in enumerate(shapes):
+            recorder.board.add_image("samples", torch.linspace(-1, 1, math.prod(shape)).view(shape), step)
+        path = recorder.pictures(9, torch.zeros(4, 3, 400, 400), columns=2)
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
+    found = [(image.height, image.width) for image in board.Images("samples")]
+    assert found[:3] == [(40, 30), (233, 500), (1, 500)] and max(found[3]) <= record.SIDE
+    with Image.open(path) as picture:
+        assert min(picture.size) >= 800
+
+
+def test_folders_and_files_that_the_system_refuses_are_told(tmp_path, monkeypatch):
+    run = dataclasses.replace(config.Run(), out=tmp_path / "run")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "make_folder", full)
+        with pytest.raises(StorageError, match=r"run.* cannot be written .ENOSPC.*bytes are needed"):
+            record.Recorder(run)
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"metrics.jsonl"):
+        record.Appended(tmp_path / "run" / "metrics.jsonl")

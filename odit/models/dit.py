@@ -198,30 +198,31 @@ def make_block(cfg: Config, ops: Ops, sums: bool = True) -> Callable:
 @functools.lru_cache(maxsize=64)
 def _make_block(cfg: Config, ops: Ops, sums: bool) -> Callable:
     """Must not see ``ops.layers``, which a layout makes anew each step around that step's weights."""
-    run = run_block if sums else run_unsummed
 
     def block(p: dict, x: Tensor | Unsummed, c: Tensor, rotary: tuple[Tensor, ...], *caption: Tensor) -> Any:
-        return run(cfg, ops, ops.attend, p, x, c, rotary, *caption)
+        return run_block(cfg, ops, ops.attend, p, x, c, rotary, *caption, sums=sums)
 
     return block
 
 
 def run_block(
-    cfg: Config, ops: Ops, attend: Callable, p: dict, x: Tensor, c: Tensor, rotary: tuple, *caption: Tensor
-) -> Tensor:
+    cfg: Config,
+    ops: Ops,
+    attend: Callable,
+    p: dict,
+    x: Tensor | Unsummed,
+    c: Tensor,
+    rotary: tuple,
+    *caption: Tensor,
+    sums: bool = True,
+) -> Any:
     """A block of the paper, with cross-attention to captions after self-attention where p has it (PixArt-alpha).
 
     Args:
         attend: what the tokens do with q, k and v (B L H K).
         c: silu(c) (B, D), or (B, 6 D) under adaLN-single.
+        sums: gives the tokens (B, L, D), else an ``Unsummed``.
     """
-    return ops.gated(*run_unsummed(cfg, ops, attend, p, x, c, rotary, *caption))
-
-
-def run_unsummed(
-    cfg: Config, ops: Ops, attend: Callable, p: dict, x: Tensor | Unsummed, c: Tensor, rotary: tuple, *caption: Tensor
-) -> Unsummed:
-    """``run_block`` but for its last sum."""
     shift1, scale1, gate1, shift2, scale2, gate2 = modulations(p, c)
     x, h = modulated(x, shift1, scale1, ops)
     branch = ops.out(attend(*ops.qkv(h, p["qkv"], rotary)), p["out"])
@@ -231,7 +232,8 @@ def run_unsummed(
         h = ops.modulate(x, shift2, scale2, cfg.mlp_eps)
     else:
         x, h = ops.gated_modulate(x, gate1, branch, shift2, scale2, cfg.mlp_eps)
-    return Unsummed(x, gate2, ops.mlp(h, p["mlp"]))
+    branch = ops.mlp(h, p["mlp"])
+    return ops.gated(x, gate2, branch) if sums else Unsummed(x, gate2, branch)
 
 
 def modulations(p: dict, c: Tensor) -> tuple[Tensor, ...]:
