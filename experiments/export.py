@@ -77,7 +77,7 @@ def main(args: Export) -> None:
     else:
         beside = autoencoder.state_dict().values() if autoencoder is not None else ()
         needed = 4 * num + sum(tensor.nbytes for tensor in beside)
-        with writing(args.out, needed), whole_folder(args.out) as folder:
+        with whole_folder(args.out) as folder, writing(args.out, needed):  # free is told while the folder is there
             names, allow = found.about.get("class_names"), args.allow_other_timesteps
             convert.save_pipeline(folder, params, run.model, found.shape, run.diffusion, names, allow)
             if autoencoder is not None:

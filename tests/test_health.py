@@ -106,6 +106,7 @@ health.run(train.cli)
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_was_asked_to_stop_takes_the_launchers_end_for_no_second_signal(tmp_path):
     (tmp_path / "stopping.py").write_text(STOPPING)
     command = [str(tmp_path / "stopping.py"), "dit-s-8", "--no-progress", "--device", "cpu", *SMALL]

@@ -119,7 +119,7 @@ def size(x):
 # ------------------------------------------------------------------------------------------------------------ numbers
 
 
-@pytest.mark.every(11)
+@pytest.mark.every(17)
 @ALL
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("width", [128, 384])

@@ -192,7 +192,7 @@ elif sys.argv[1] == "importing":  # a worker, as it unpickles the class
 """
 
 
-@pytest.mark.parametrize("does", ["importing", "reading"])
+@pytest.mark.parametrize("does", [pytest.param("importing", marks=pytest.mark.slow), "reading"])
 def test_workers_and_decoders_end_with_their_parent(tmp_path, does):
     """Whatever a worker does: it still starts, it waits for work, or for a decoder that hangs."""
     (tmp_path / "orphans.py").write_text(ORPHANS)

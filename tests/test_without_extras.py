@@ -11,7 +11,7 @@ sys.modules.update(dict.fromkeys(("triton", "flash_attn", "quack")))  # none of 
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-SMALL = "--steps 2 --global-batch 4 --model.depth 1 --model.width 32 --model.heads 2 --sampling.steps 2 --device cpu"
+SMALL = "--steps 2 --validation-draws 1 --model.depth 1 --model.width 32 --model.heads 2 --sampling.steps 2"
 
 
 def test_training_and_sampling_without_them(tmp_path):
@@ -22,6 +22,8 @@ def test_training_and_sampling_without_them(tmp_path):
         TRAIN,
         "digits",
         *SMALL.split(),
+        "--device",
+        "cpu",
         "--no-evaluate",
         "--out",
         tmp_path / "run",
