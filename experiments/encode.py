@@ -24,7 +24,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from odit import checks, config, data, health, plan, tree
+from odit import checks, config, data, health, peers, plan, tree
 from odit import front as fronts
 from odit.config_json import to_json
 from odit.data import latents, loader
@@ -103,7 +103,7 @@ def main(args: Encode) -> None:
         stack.callback(meshes.stop)
         job = open_job(args)
         told = {key: value for key, value in to_json(args).items() if key in ("out", "batch", "shard_size")}
-        health.same_everywhere(meshes.store(), rank, world, "command line", told | {"settings": job.settings})
+        peers.same_everywhere(meshes.store(), rank, world, "command line", told | {"settings": job.settings})
         latents.begin(args.out, job.settings)
         before = job.num_shards - len(latents.missing_shards(args.out, job.num_shards))
         if rank == 0 and before:

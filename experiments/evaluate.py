@@ -20,7 +20,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from odit import checks, config, data, evaluate, fidelity, health, plan, random, record, sample, source, tree
+from odit import checks, config, data, evaluate, fidelity, health, peers, plan, random, record, sample, source, tree
 from odit.config_json import to_json
 from odit.encoders import config as frozen
 from odit.fidelity import files
@@ -121,7 +121,7 @@ def main(args: Evaluate) -> None:
     rank, world, _ = meshes.start(checks.pick_device(args.device))
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
-        health.same_everywhere(meshes.store(), rank, world, "command line", to_json(args))
+        peers.same_everywhere(meshes.store(), rank, world, "command line", to_json(args))
         if opened is None:
             measure_files(args, meshes.make_mesh(world, rank, world, 1))
         elif judged is None:

@@ -19,7 +19,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from odit import checks, config, health, media, plan, random, record, sample, source, tree
+from odit import checks, config, health, media, peers, plan, random, record, sample, source, tree
 from odit.config_json import to_json
 from odit.encoders import config as frozen
 from odit.parallel import mesh as meshes
@@ -94,7 +94,7 @@ def main(args: Sample) -> None:
     rank, world, _ = meshes.start(checks.pick_device(args.device))
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
-        health.same_everywhere(meshes.store(), rank, world, "command line", to_json(args))
+        peers.same_everywhere(meshes.store(), rank, world, "command line", to_json(args))
         found = source.open_source(args.checkpoint, args.weights, args.foreign)
         run, shape = read_run(args, found, world), found.shape
         mesh = meshes.make_mesh(world, rank, **checks.axes(run, world))

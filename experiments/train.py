@@ -29,6 +29,7 @@ from odit import (
     health,
     initial,
     memory,
+    peers,
     plan,
     random,
     record,
@@ -53,10 +54,10 @@ def main(run: config.Run) -> None:
     rank, world, _ = meshes.start(checks.pick_device(run.device))
     with contextlib.ExitStack() as stack:
         stack.callback(meshes.stop)
-        watch = stack.enter_context(health.Watch(meshes.store(), rank, world))
+        watch = stack.enter_context(peers.Watch(meshes.store(), rank, world))
         signals = stack.enter_context(health.Signals())
-        health.same_everywhere(meshes.store(), rank, world, "command line", shared(run))
-        if lock := health.told_by_rank_0(meshes.store(), rank, "lock", lambda: record.Lock(run.out)):
+        peers.same_everywhere(meshes.store(), rank, world, "command line", shared(run))
+        if lock := peers.told_by_rank_0(meshes.store(), rank, "lock", lambda: record.Lock(run.out)):
             stack.enter_context(lock)
         health.Exit.keep(run.out, rank, world)
         mesh = meshes.make_mesh(world, rank, **checks.axes(run, world))
@@ -64,7 +65,7 @@ def main(run: config.Run) -> None:
         front = plan.load_front(run, mesh)
         dataset = data.open_dataset(run.data, front.tokenize)
         told = {"data": identity(dataset), "encoders": front.fingerprints}
-        health.same_everywhere(meshes.store(), rank, world, "data", told)
+        peers.same_everywhere(meshes.store(), rank, world, "data", told)
         composed = plan.make(run, dataset, mesh, front)
         say(composed, plan.describe(composed))
         if composed.device.type == "cuda" and rank == 0:

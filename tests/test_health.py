@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 from test_processes import SMALL, errors, exits, in_threads, ranks_alone
 
-from odit import health, record
+from odit import peers, record
 
 ROOT = Path(__file__).parent.parent
 END_S = 60  # what a process that ends may take on a busy machine, its start included
@@ -123,9 +123,9 @@ HINDERED = """
 import os, sys, threading, time
 from pathlib import Path
 import torch.distributed as dist
-from odit import health, storage
+from odit import health, peers, storage
 
-health.TELL_S, health.ROLL_CALL_S = 0.5, 0.1
+health.TELL_S, peers.ROLL_CALL_S = 0.5, 0.1
 
 def hang(*args):
     time.sleep(1000)
@@ -150,7 +150,7 @@ def fail(error):
 def call_the_roll():
     store = dist.HashStore()
     store.set("reason", "why on rank 0")
-    health.Watch(store, 0, 1)._take_part(store)
+    peers.Watch(store, 0, 1)._take_part(store)
 
 def run(out, case):
     health.Exit.keep(out, 0)
@@ -209,9 +209,9 @@ def test_what_rank_0_finds_is_raised_on_all_ranks(kind):
         raise kind("why")
 
     store = dist.HashStore()
-    found = in_threads(3, lambda rank: health.told_by_rank_0(store, rank, "refused", refuse))
+    found = in_threads(3, lambda rank: peers.told_by_rank_0(store, rank, "refused", refuse))
     assert [(type(error), str(error)) for error in found] == 3 * [(kind, "why")]
-    assert in_threads(3, lambda rank: health.told_by_rank_0(store, rank, "fine", lambda: 5)) == [5, None, None]
-    assert health.told_by_rank_0(None, 0, "alone", lambda: 5) == 5
+    assert in_threads(3, lambda rank: peers.told_by_rank_0(store, rank, "fine", lambda: 5)) == [5, None, None]
+    assert peers.told_by_rank_0(None, 0, "alone", lambda: 5) == 5
     with pytest.raises(kind, match="why"):
-        health.told_by_rank_0(None, 0, "alone", refuse)
+        peers.told_by_rank_0(None, 0, "alone", refuse)

@@ -15,7 +15,7 @@ PURE = {
 BOTH_SIDES = {
     *("plan", "checks", "front", "checkpoint", "train", "sample", "health", "record", "evaluate", "validate", "memory"),
     *("initial", "source", "bench", "manifest", "shards", "saving", "crash", "forecast", "footprint", "pace"),
-    *("ablation", "comparison", "draws", "saver", "choice"),
+    *("ablation", "comparison", "draws", "saver", "choice", "peers"),
 }
 ALLOWED = {
     "kernels": {"ops", "tree", "kernels"},

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from odit import checkpoint, crash, health, manifest, saving
+from odit import checkpoint, crash, health, manifest, peers, saving
 from odit.health import NumericError
 from odit.parallel import mesh as meshes
 
@@ -323,7 +323,7 @@ def test_ranks_with_different_command_lines_end_before_they_meet(tmp_path):
 STEPS = """
 import os, signal, sys, time
 import torch
-from odit import health
+from odit import health, peers
 from odit.parallel import collectives, mesh as meshes
 
 def stop():
@@ -349,7 +349,7 @@ def main():
         os.environ["MASTER_PORT"] = "1"
     device = os.environ.get("STEPS_DEVICE", "cpu")
     rank, world, _ = meshes.start(device)
-    with health.Watch(meshes.store(), rank, world) as watch:
+    with peers.Watch(meshes.store(), rank, world) as watch:
         mesh = meshes.make_mesh(world, rank, None, 1)
         meshes.warm_up(mesh)
         for step in range(1000):
@@ -402,7 +402,7 @@ def test_a_rank_that_is_lost_ends_those_that_no_collective_tells(steps, tmp_path
     (line,) = errors([texts[0], texts[2]])
     pattern = r"error: rank 1 ended on rank [02]: rank 1 of 3 does not answer, ranks 0, 2 are in sleep \(steps.py:\d+\)"
     assert re.fullmatch(pattern, line), line
-    assert ended - float((tmp_path / "lost").read_text()) < END_S + health.WORDS_S
+    assert ended - float((tmp_path / "lost").read_text()) < END_S + peers.WORDS_S
 
 
 NCCL = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
@@ -467,7 +467,7 @@ class TestNccl:
     def test_an_error_of_one_rank_ends_the_other(self, steps, tmp_path):
         codes, texts = steps(2, "1=fail", STEPS_DEVICE="cuda")
         ended = time.time() - float((tmp_path / "lost").read_text())
-        assert codes == [7, 2] and ended < END_S + health.WORDS_S, (codes, ended, texts)
+        assert codes == [7, 2] and ended < END_S + peers.WORDS_S, (codes, ended, texts)
         assert errors(texts[1:]) == ["error: the words of rank 1"]
         (line,) = errors(texts[:1])
         assert "rank 1 of 2 does not answer, rank 0 is in step_together" in line, line
@@ -553,11 +553,11 @@ def in_threads(world, fn):
 def test_every_rank_raises_the_first_difference():
     told = [{"seed": 0, "data": {"path": None}}, {"seed": 0, "data": {"path": "b"}}, {"seed": 0, "data": {"path": "b"}}]
     store = dist.HashStore()
-    found = in_threads(3, lambda rank: health.same_everywhere(store, rank, 3, "config", told[rank]))
+    found = in_threads(3, lambda rank: peers.same_everywhere(store, rank, 3, "config", told[rank]))
     sentence = "data.path is None on rank 0 and 'b' on ranks 1, 2: give every rank the same config"
     assert [type(error) for error in found] == 3 * [ValueError] and {str(error) for error in found} == {sentence}
-    assert in_threads(3, lambda rank: health.same_everywhere(store, rank, 3, "again", told[1])) == 3 * [None]
-    health.same_everywhere(None, 0, 1, "alone", {})
+    assert in_threads(3, lambda rank: peers.same_everywhere(store, rank, 3, "again", told[1])) == 3 * [None]
+    peers.same_everywhere(None, 0, 1, "alone", {})
 
 
 @pytest.mark.parametrize(
@@ -572,46 +572,46 @@ def test_every_rank_raises_the_first_difference():
     ],
 )
 def test_first_unlike(told, sentence):
-    assert health.first_unlike(told) == sentence
+    assert peers.first_unlike(told) == sentence
 
 
 def test_one_rank_calls_the_roll_and_the_odd_ones_come_first(monkeypatch):
-    monkeypatch.setattr(health, "ROLL_CALL_S", 0.2)
+    monkeypatch.setattr(peers, "ROLL_CALL_S", 0.2)
     store = dist.HashStore()
     for rank, place in enumerate("abaa"):
         store.set(f"at/{rank}", place)
     assert (
-        health.call_roll(store, 0, 5, "why")
+        peers.call_roll(store, 0, 5, "why")
         == "why: rank 4 of 5 does not answer, rank 1 is in b, ranks 0, 2, 3 are in a"
     )
     assert all(store.check([f"called/{rank}"]) for rank in (1, 2, 3, 4)) and not store.check(["called/0"])
 
 
 def test_another_rank_calls_the_roll_where_the_first_is_ended_over_it(monkeypatch, capsys):
-    monkeypatch.setattr(health, "ROLL_CALL_S", 0.1)
+    monkeypatch.setattr(peers, "ROLL_CALL_S", 0.1)
     codes = []
     monkeypatch.setattr(health, "leave", codes.append)
     store = dist.HashStore()
     assert store.add("turn/0", 1) == 1
     store.set("reason", "why on rank 0")
-    health.Watch(store, 1, 2)._take_part(store)
-    said = r"\nerror: why on rank 0: rank 0 of 2 does not answer, rank 1 is in _take_part \(health.py:\d+\)\n"
+    peers.Watch(store, 1, 2)._take_part(store)
+    said = r"\nerror: why on rank 0: rank 0 of 2 does not answer, rank 1 is in _take_part \(peers.py:\d+\)\n"
     assert codes == [7] and re.fullmatch(said, capsys.readouterr().err)
 
 
 def test_a_watch_is_quiet_while_steps_come_and_at_rest(monkeypatch, capsys):
     monkeypatch.setenv("ODIT_TIMEOUT_S", "0.3")
     monkeypatch.setattr(health, "leave", lambda code: pytest.fail("left"))
-    with health.Watch(dist.HashStore(), 0, 2) as watch:
+    with peers.Watch(dist.HashStore(), 0, 2) as watch:
         for _ in range(8):
             watch.beat()
             time.sleep(0.1)
         watch.rest()
         time.sleep(1)
     assert all(not thread.is_alive() for thread in watch.threads) and capsys.readouterr().err == ""
-    with pytest.raises(RuntimeError, match="no collective"), health.Watch(dist.HashStore(), 0, 2):
+    with pytest.raises(RuntimeError, match="no collective"), peers.Watch(dist.HashStore(), 0, 2):
         raise RuntimeError("no collective")
-    with health.Watch(None, 0, 1) as alone:
+    with peers.Watch(None, 0, 1) as alone:
         alone.beat()
     assert not alone.threads
 

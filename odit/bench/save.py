@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import xxhash
 
 from odit import checkpoint, data, plan, random, train
@@ -71,11 +72,7 @@ def measure(cfg: Save) -> dict[str, Any]:
     (batch,) = loader.batches(dataset, key, global_batch=cfg.batch, stop=1)
     state, step = train.init_state(composed, key), train.make_step(composed)
 
-    def timed(fn: Callable[[], Any]) -> tuple[float, Any]:
-        began = now(composed.device)
-        found = fn()
-        return now(composed.device) - began, found
-
+    timed = functools.partial(timed_on, composed.device)
     with Saver(composed, background=True) as saver:
         for _ in range(cfg.warmup):
             state, _ = step(state, batch, key)
@@ -106,6 +103,13 @@ def measure(cfg: Save) -> dict[str, Any]:
         "gib": round(sum(path.stat().st_size for path in folder.iterdir()) / 2**30, 2),
         "bytes_equal": digests(folder) == first,
     }
+
+
+def timed_on(device: torch.device, fn: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and what it gives."""
+    began = now(device)
+    found = fn()
+    return now(device) - began, found
 
 
 def digests(folder: Path) -> dict[str, str]:

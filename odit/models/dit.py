@@ -172,8 +172,8 @@ def final(p: dict, x: Tensor | Unsummed, c_BD: Tensor, ops: Ops) -> Tensor:
 
 
 class Unsummed(NamedTuple):
-    """x + gate branch (B, L, D), whose sum is left to the modulation after it: both are one pass over memory, and so
-    are their gradients."""
+    """x + gate branch, whose sum is left to the modulation after it: both are one pass over memory, and so are their
+    gradients. x and branch are (B, L, D), gate (B, D)."""
 
     x: Tensor
     gate: Tensor
@@ -181,7 +181,7 @@ class Unsummed(NamedTuple):
 
 
 def modulated(x: Tensor | Unsummed, shift: Tensor, scale: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
-    """x, summed, and its modulation."""
+    """x, summed, and its modulation: (B, L, D) both; shift and scale (B, D)."""
     if isinstance(x, Unsummed):
         return ops.gated_modulate(*x, shift, scale)
     return x, ops.modulate(x, shift, scale)
@@ -221,7 +221,8 @@ def run_block(
     Args:
         attend: what the tokens do with q, k and v (B L H K).
         c: silu(c) (B, D), or (B, 6 D) under adaLN-single.
-        sums: gives the tokens (B, L, D), else an ``Unsummed``.
+        x: tokens (B, L, D), or the ``Unsummed`` of the block before.
+        sums: whether it gives tokens (B, L, D), or an ``Unsummed``.
     """
     shift1, scale1, gate1, shift2, scale2, gate2 = modulations(p, c)
     x, h = modulated(x, shift1, scale1, ops)

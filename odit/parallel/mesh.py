@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT_S = 600.0
-MARGIN_S = 30.0  # what groups wait longer than a step may take, so that health.Watch, which says more, comes first
+MARGIN_S = 30.0  # what groups wait longer than a step may take, so that peers.Watch, which says more, comes first
 JOIN_S = 60.0  # a launcher keeps its store from before the ranks start: who does not reach it has lost the launcher
 
 
