@@ -24,7 +24,7 @@ from odit.config_json import to_json
 from odit.encoders import config as frozen
 from odit.parallel import mesh as meshes
 from odit.source import Foreign, Source
-from odit.storage import writing
+from odit.storage import try_writing, writing
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def main(args: Sample) -> None:
         shown, conditions = choose(args, composed)
         args = dataclasses.replace(args, out=target(args.out, len(composed.shape.size) == 3))
         check_fps(args, len(composed.shape.size) == 3)
-        for path in filter(None, (args.out, args.tensors)):
-            path.parent.mkdir(parents=True, exist_ok=True)  # a place that cannot be written shows before the work
+        # a place that cannot be written shows before the work
+        peers.told_by_rank_0(meshes.store(), rank, "out", lambda: [*map(try_writing, written(args))])
         params = found.load(composed)
         pictures = sample.sample(
             composed,
@@ -190,6 +190,11 @@ def target(out: Path | None, clips: bool) -> Path:
     return out
 
 
+def written(args: Sample) -> list[Path]:
+    """The files to write."""
+    return [path for path in (args.out, args.tensors) if path]
+
+
 def write(args: Sample, composed: plan.Plan, shown: dict[str, list], pictures) -> None:
     """Writes the grid with its recipe, and the tensors where asked."""
     recipe = {
@@ -201,13 +206,14 @@ def write(args: Sample, composed: plan.Plan, shown: dict[str, list], pictures) -
     classes = composed.shape.num_classes
     square = classes if classes == 10 and not args.label else math.ceil(args.num**0.5)
     columns = min(args.columns or square, args.num)
-    if pictures.ndim == 4:
-        media.save_png(args.out, media.grid(pictures, columns), recipe)
-    elif args.out.suffix == ".png":
-        media.save_png(args.out, media.strip(pictures), recipe)
-    else:
-        save = media.save_mp4 if args.out.suffix == ".mp4" else media.save_gif
-        save(args.out, media.clip_grid(pictures, columns), args.fps, recipe)
+    with writing(args.out, pictures.numel()):  # about what the pixels take
+        if pictures.ndim == 4:
+            media.save_png(args.out, media.grid(pictures, columns), recipe)
+        elif args.out.suffix == ".png":
+            media.save_png(args.out, media.strip(pictures), recipe)
+        else:
+            save = media.save_mp4 if args.out.suffix == ".mp4" else media.save_gif
+            save(args.out, media.clip_grid(pictures, columns), args.fps, recipe)
     if args.tensors:
         from safetensors.torch import save_file
 

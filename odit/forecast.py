@@ -14,6 +14,7 @@ from typing import Any, Literal
 from odit import models
 from odit.config import Parallel, Run
 from odit.footprint import Footprint, footprint, graphed, pretend
+from odit.kernels import need_triton
 from odit.models.config import Shape
 from odit.pace import Pace, pace
 from odit.parallel import sequence
@@ -112,6 +113,8 @@ def _choices(gpus: int, sizes: list[int]) -> Iterator[tuple[Any, ...]]:
 
 def forecast(run: Run, shape: Shape, cluster: Cluster) -> tuple[list[Forecast], list[str]]:
     """All layouts, those that fit first and the fastest of them before the others; and why some cannot run at all."""
+    if run.kernels != "reference":
+        need_triton("a forecast of fused kernels")
     found, refused = [], {}
     for candidate in layouts(run, shape, cluster):
         try:

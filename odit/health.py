@@ -97,12 +97,13 @@ class Exit:
     @classmethod
     def keep(cls, out: Path, rank: int, world: int = 1) -> None:
         """From now on this process tells its end there; what earlier ones told goes, of ranks that are no more too."""
-        storage.make_folders(out / "exit")
-        cls.path, cls.told = out / "exit" / f"{rank:05d}.json", threading.Event()
-        cls.path.unlink(missing_ok=True)
-        for path in (out / "exit").glob("*.json") if rank == 0 else ():
-            if path.name >= f"{world:05d}.json":
-                path.unlink(missing_ok=True)
+        with storage.writing(out / "exit", 0):
+            storage.make_folders(out / "exit")
+            cls.path, cls.told = out / "exit" / f"{rank:05d}.json", threading.Event()
+            cls.path.unlink(missing_ok=True)
+            for path in (out / "exit").glob("*.json") if rank == 0 else ():
+                if path.name >= f"{world:05d}.json":
+                    path.unlink(missing_ok=True)
 
     @classmethod
     def tell(cls, code: int, reason: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -23,7 +24,7 @@ import odit
 from odit import media
 from odit.config import Run
 from odit.config_json import to_json
-from odit.storage import DISK, Disk, make_folders, whole, write_file, write_json, writing
+from odit.storage import DISK, Disk, StorageError, make_folders, whole, write_file, write_json, writing
 
 SIDE = 512  # pixels of a picture in TensorBoard; the file has all
 
@@ -182,18 +183,28 @@ class Silent:
 
 
 class Lock:
-    """An advisory lock on ``out/.lock`` while the context lasts; it falls with its process, however that ends."""
+    """An advisory lock on ``out/.lock`` while the context lasts; it falls with its process, however that ends.
+
+    Raises ValueError where another process has it or ``out`` is a file, StorageError where it cannot be made.
+    """
 
     def __init__(self, out: Path):
-        out.mkdir(parents=True, exist_ok=True)
-        self.file = open(out / ".lock", "a+b", buffering=0)
+        if os.path.exists(out) and not os.path.isdir(out):
+            raise ValueError(f"out {out} is a file: give a folder, or a name that is free")
+        with writing(out / ".lock", 0):
+            make_folders(out)
+            self.file = open(out / ".lock", "a+b", buffering=0)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.file.seek(0)
             holder = self.file.read().decode().strip() or "unknown"
             self.file.close()
             raise ValueError(f"out {out} is in use by process {holder}: wait for it, or use another --out") from None
+        except OSError as error:
+            self.file.close()
+            why = f"{out}/.lock cannot be locked ({errno.errorcode.get(error.errno or 0)}: {error.strerror})"
+            raise StorageError(f"{why}: use an --out on a file system with flock") from error
         self.file.truncate(0)
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             self.file.write(str(os.getpid()).encode())
@@ -210,7 +221,7 @@ def cut_metrics(path: Path, step: int, disk: Disk = DISK) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -225,7 +236,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's ``metrics.jsonl``; none where there is no file. A torn last line is left out."""
     if not path.exists():
         return []
-    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return [json.loads(line) for line in lines]
 
 

@@ -190,8 +190,13 @@ def choose_labels(num: int, num_classes: int, chosen: tuple[int, ...]) -> Tensor
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file of captions that hold something; raises ValueError where there is none."""
-    found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The lines of a file of captions that hold something; raises ValueError where there is none, or no such file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no text in UTF-8"
+        raise ValueError(f"prompts {path} cannot be read ({why}): give a text file of captions, one a line") from None
+    found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
         raise ValueError(f"prompts {path} has no caption in it: write one a line")
     return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -33,6 +34,7 @@ ROLES = ("param", "adamw.m", "adamw.v", "ema")
 CLAIMABLE = "".join(strategy.claims for strategy in sequence.STRATEGIES.values())
 CHECKPOINTS = "checkpoints"
 PART = 1 << 20  # characters that go through the store at once
+SLOWEST = 16 * 2**20  # bytes a second of storage that is slow, but not gone
 
 
 class Job(NamedTuple):
@@ -93,7 +95,7 @@ class Talk:
     """
 
     def __init__(self, store: Any, rank: int, size: int):
-        self.rank, self.size, self.alone = rank, size, {}
+        self.rank, self.size, self.alone, self.patience_s = rank, size, {}, meshes.patience_s()
         self.store = store if size > 1 else None
         self.name = f"checkpoint/{store.add(f'checkpoint/{rank}', 1)}" if size > 1 else ""
 
@@ -115,11 +117,11 @@ class Talk:
         self.store.set(f"{self.name}/{name}", str(len(parts)))
 
     def hear(self, name: str, what: str) -> Any:
-        """What was told; raises RanksLost where nobody tells it in the time that a step may take (ODIT_TIMEOUT_S)."""
+        """What was told; raises RanksLost where nobody tells it in ``patience_s``."""
         if self.store is None:
             return json.loads(self.alone[name])
-        if not meshes.wait_for(self.store, f"{self.name}/{name}", meshes.patience_s()):
-            raise meshes.RanksLost(f"rank {self.rank} waited {meshes.patience_s():g} s for {what}")
+        if not meshes.wait_for(self.store, f"{self.name}/{name}", self.patience_s):
+            raise meshes.RanksLost(f"rank {self.rank} waited {self.patience_s:g} s for {what}")
         num = int(self.store.get(f"{self.name}/{name}"))
         return json.loads("".join(self.store.get(f"{self.name}/{name}/{i}").decode() for i in range(num)))
 
@@ -138,6 +140,8 @@ def write(job: Job, talk: Talk, disk: Disk = DISK) -> Path:
     root = job.out / job.place
     final, temporary = root / f"step_{job.step:08d}", root / f".step_{job.step:08d}.tmp"
     needed = shards.size_of(job.pieces) + sum(len(data) for _, data in job.extras)
+    # one rank may have to write it all; that a rank is gone is found out without this, where it is on this machine
+    talk.patience_s = meshes.patience_s() + sum(math.prod(e.shape) for e in job.entries.values()) * 4 / SLOWEST
 
     def attempt(fn: Callable[[], Any]) -> dict[str, Any]:
         """{"done": result}, or {"error": sentence}: what every rank will raise."""

@@ -155,6 +155,18 @@ def writing(path: Path, needed: int, disk: Disk = DISK) -> Iterator[None]:
         raise StorageError(failure(refused, path, needed, disk)) from error
 
 
+def try_writing(path: Path) -> None:
+    """Makes the folder of a file that will be written, and leaves nothing else; raises StorageError where it cannot be.
+
+    For what takes long before it writes.
+    """
+    probe = path.with_name(f".{path.name}.{os.getpid()}.try")
+    with writing(path, 0):
+        make_folders(path.parent)
+        write_file(probe, ())
+        probe.unlink()
+
+
 def _refusal(error: Exception, before: BaseException | None) -> OSError | None:
     """The system's error behind one: itself, the one that torch.save met and raises another over, or safetensors'."""
     if isinstance(error, OSError):
@@ -167,7 +179,7 @@ def _refusal(error: Exception, before: BaseException | None) -> OSError | None:
 
 def failure(error: OSError, path: Path, needed: int, disk: Disk = DISK) -> str:
     """The sentence on a write of ``needed`` bytes below ``path`` that failed."""
-    there = next(folder for folder in (path, *path.parents) if folder.exists() or folder == folder.parent)
+    there = next(folder for folder in (path, *path.parents) if os.path.exists(folder) or folder == folder.parent)
     try:
         free = f"{disk.free(there)} are free"
     except OSError:
@@ -175,4 +187,5 @@ def failure(error: OSError, path: Path, needed: int, disk: Disk = DISK) -> str:
     name = errno.errorcode.get(error.errno or 0, type(error).__name__)
     what = f"{name}: {error.strerror}" if error.strerror else f"{name} {error}"
     where = error.filename or path
-    return f"{where} cannot be written ({what}): {needed} bytes are needed, {free}: make room, or use another --out"
+    fix = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{where} cannot be written ({what}): {needed} bytes are needed, {free}: {fix}use another --out"

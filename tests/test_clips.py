@@ -429,6 +429,19 @@ def test_a_decoder_that_dies_is_replaced(tmp_path, hanging, number):
     assert last.returncode is not None and first.returncode == -number
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_a_decoder_that_just_starts(tmp_path, monkeypatch, number):
+    class Signalled(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.send_signal(number)
+
+    path, decoder = write_clip(tmp_path / "a.mp4"), clips.Decoder()
+    monkeypatch.setattr(clips.subprocess, "Popen", Signalled)
+    assert clips.read_clip(path, (1, 8, 8), 1, 0.0, decoder).shape == (3, 1, 8, 8)
+    decoder.close()
+
+
 def test_a_decoder_is_pickled_without_its_process(tmp_path, decoder):
     path = write_clip(tmp_path / "a.mp4")
     x = clips.read_clip(path, (2, 8, 8), 1, 0.0, decoder)

@@ -5,8 +5,11 @@ import io
 import itertools
 import math
 import multiprocessing
+import os
+import signal
 import struct
 import zlib
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import numpy
@@ -267,6 +270,23 @@ def test_a_killed_worker_ends_the_others():
             pass
     batches.close()
     assert set(multiprocessing.active_children()) == others, found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_a_worker_that_just_starts(monkeypatch, number):
+    """As a signal to the whole job sends it: the trainer is to save and leave, and reads on until then."""
+    start, pids = SpawnProcess.start, []
+
+    def signalled(process):
+        start(process)
+        os.kill(process.pid, number)
+        pids.append(process.pid)
+
+    monkeypatch.setattr(SpawnProcess, "start", signalled)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    batches = loader.batches(Numbers(9), KEY, global_batch=2, stop=2, workers=1)
+    assert len(list(batches)) == 2 and len(pids) == 1
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 # Folders

@@ -1,6 +1,7 @@
 """Weights for others and from others: what is exported draws the same pictures there, and here when it comes back."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -631,3 +632,30 @@ def test_a_full_disk_ends_the_export(to, room, vae, tmpfs, tmp_path):  # noqa: F
         exported(tmp_path / "w.safetensors", out, to, **changes)
     needed, free = map(int, re.search(told, str(failed.value)).groups())
     assert needed > free and exit_code(failed.value) == 6 and os.listdir(tmpfs) == ["filling"]
+
+
+@pytest.mark.parametrize("what", ["out", "tensors"])
+def test_a_place_that_takes_no_file_is_told_before_drawing(tmp_path, monkeypatch, what):
+    """And what fills up meanwhile is told with path and bytes."""
+    saved(tmp_path / "w.safetensors", run_of(), SHAPE)
+    monkeypatch.setattr(sample_script.sample, "sample", lambda *args, **kwargs: pytest.fail("drew first"))
+    there = Path("/proc") / ("x.png" if what == "out" else "x.safetensors")
+    with pytest.raises(StorageError, match=rf"{there.name}.* cannot be written .EN"):
+        drawn_by(tmp_path / "w.safetensors", tmp_path, **{what: there})
+    monkeypatch.undo()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sample_script.media, "save_png", full)
+    with pytest.raises(StorageError, match=r"x.png cannot be written .ENOSPC.*: make room, or use another --out"):
+        drawn_by(tmp_path / "w.safetensors", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.safetensors"]
+
+
+def test_prompts_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match=r"prompts .*nothing.txt cannot be read \(No such file or directory\): give"):
+        sample_script.sample.read_prompts(tmp_path / "nothing.txt")
+    (tmp_path / "x.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(ValueError, match=r"prompts .*x.jpg cannot be read \(no text in UTF-8\): give a text file"):
+        sample_script.sample.read_prompts(tmp_path / "x.jpg")

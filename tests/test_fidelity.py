@@ -551,6 +551,8 @@ def test_settings_of_a_run_that_measures_nothing_are_refused(tmp_path):
         (dict(every=None), "evaluation.reference is given but evaluation.every is not: give the steps between"),
         (dict(every=0), "evaluation.every is 0: use 1 or more"),
         (dict(num=10), "evaluation.num is 10: use 20 or more"),
+        (dict(every=None, num=77), "evaluation.num is 77 but evaluation.every is not given: give the steps between"),
+        (dict(every=None, batch=3), "evaluation.batch is 3 but evaluation.every is not given"),
     ):
         with pytest.raises(ValueError, match=message):
             fidelity.check(dataclasses.replace(good, **changes))

@@ -195,6 +195,11 @@ def test_other_errors_pass(tmp_path):
         with pytest.raises(type(error)) as failed, storage.writing(tmp_path, 1):
             raise error
         assert failed.value is error
+    try:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:  # what was met before is not its reason
+        with pytest.raises(RuntimeError, match="of its own"), storage.writing(tmp_path, 1):
+            raise RuntimeError("of its own")  # noqa: B904 (this is how libraries do it)
     told = StorageError("said already")
     with pytest.raises(StorageError) as failed, storage.writing(tmp_path, 1):
         raise told

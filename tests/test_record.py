@@ -66,6 +66,43 @@ def test_folders_and_files_that_the_system_refuses_are_told(tmp_path, monkeypatc
         patch.setattr(Disk, "make_folder", full)
         with pytest.raises(StorageError, match=r"run.* cannot be written .ENOSPC.*bytes are needed"):
             record.Recorder(run)
+        with pytest.raises(StorageError, match=r"tensorboard.* cannot be written .ENOSPC"):
+            record.event_file(tmp_path / "tensorboard")
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
     with pytest.raises(StorageError, match=r"metrics.jsonl"):
         record.Appended(tmp_path / "run" / "metrics.jsonl")
+
+
+def test_metrics_are_cut_whole_and_on_the_disk(tmp_path):
+    """A torn last line goes, of whatever bytes a crash has left there."""
+    path, synced = tmp_path / "metrics.jsonl", []
+
+    class Seen(Disk):
+        def sync(self, handle):
+            synced.append(os.fstat(handle).st_size)
+            super().sync(handle)
+
+    kept = b'{"step": 1, "loss": 2.0}\n'
+    for torn in (b'{"step": 2, "lo', b'{"step": 2, "lo\xd3\xff', bytes(9)):
+        path.write_bytes(kept + torn)
+        assert record.read_metrics(path) == [{"step": 1, "loss": 2.0}]
+        record.cut_metrics(path, 5, Seen())
+        assert path.read_bytes() == kept
+    assert synced == 3 * [len(kept)]
+
+
+def test_a_lock_that_cannot_be_had_is_not_one_that_is_held(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"out .*file is a file: give a folder"):
+        record.Lock(tmp_path / "file")
+    with pytest.raises(StorageError, match=r"below.* cannot be written .ENOTDIR"):
+        record.Lock(tmp_path / "file" / "below")
+    with record.Lock(tmp_path / "run"), pytest.raises(ValueError, match="is in use by process"):
+        record.Lock(tmp_path / "run")
+
+    def without(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(record.fcntl, "flock", without)
+    with pytest.raises(StorageError, match=r"\.lock cannot be locked .ENOLCK.*with flock"):
+        record.Lock(tmp_path / "run")

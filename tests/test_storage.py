@@ -378,6 +378,24 @@ def test_storage_that_is_read_only_or_gone(tmp_path, code):
     assert isinstance(error, StorageError) and errno.errorcode[code] in str(error) and newest(out) == BEFORE
 
 
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES])
+def test_storage_of_which_nothing_can_be_asked(tmp_path, monkeypatch, code):
+    """The sentence comes all the same, which all ranks are told."""
+    out, real = tmp_path / "run", os.stat
+    states.save(out, BEFORE, **LAYOUT)
+
+    def gone(path, *args, **kwargs):
+        if str(path).startswith(str(out)):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", gone)
+        (error,) = states.save(out, NEW, disks=[Failing(1, code, ill=True)], **LAYOUT)
+    assert isinstance(error, StorageError) and errno.errorcode[code] in str(error), error
+    assert str(error).endswith("are free: use another --out") and newest(out) == BEFORE
+
+
 def test_an_error_that_is_not_the_disks_fails_all_ranks_too(tmp_path):
     class Wrong(Disk):
         def write(self, handle, data):

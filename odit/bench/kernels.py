@@ -14,6 +14,7 @@ from torch._functorch import config as functorch_config
 
 from odit import checks, ops, plan
 from odit.bench.common import check_repeats, device_name, now
+from odit.kernels import need_triton
 
 CLEARED = 2**28  # bytes written between two calls: nothing is left in a cache
 AHEAD = 2_000_000  # cycles of the GPU that pass before a call, which is queued meanwhile
@@ -57,6 +58,7 @@ class Case(NamedTuple):
 def kernels(cfg: Kernels) -> None:
     """Prints a row of the copy, then those of kernels, forward and backward."""
     check_repeats("repeats", cfg.repeats)
+    need_triton("bench.py kernels")
     device = checks.pick_device(cfg.device)
     copied = copy_gb_per_s(device, cfg.repeats, 4 * cfg.batch * cfg.tokens * cfg.width)
     about = {"precision": cfg.precision, "device": device_name(device)}

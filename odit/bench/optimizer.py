@@ -12,6 +12,7 @@ import torch
 from odit import checks, models, optim, plan, tree
 from odit.bench.common import device_name, preset
 from odit.bench.kernels import copy_gb_per_s, drawn, milliseconds, worst
+from odit.kernels import need_triton
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Optimizer:
 
 def optimizer(cfg: Optimizer) -> None:
     """Prints a row of the copy and one of the update."""
+    need_triton("bench.py optimizer")
     device = checks.pick_device(cfg.device)
     copied = copy_gb_per_s(device, cfg.repeats, 2**24)
     print(json.dumps({"name": "copy", "device": device_name(device), "gb_per_s": round(copied, 1)}), flush=True)

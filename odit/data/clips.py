@@ -116,9 +116,9 @@ class Decoder:
         # runpy, not the file itself: that would put its folder in front of all modules
         run = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
         limit_s = str(int(self.timeout_s) + 10)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", run, decoding.__file__, limit_s], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        command = [sys.executable, "-c", run, decoding.__file__, limit_s]
+        with decoding.signals_held():
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.end = weakref.finalize(self, _kill, self.process)
         try:
             self._receive(START_TIMEOUT_S)

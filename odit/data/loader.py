@@ -11,9 +11,9 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import pickle
-import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import torch
@@ -229,7 +229,9 @@ def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) 
         generator=torch.Generator(),  # else it draws a seed from the global generator
     )
     others = set(multiprocessing.active_children())  # a DataLoader does not tell which processes are its own
-    ahead = iter(loader)
+    resource_tracker.ensure_running()  # when that starts it lets signals through again
+    with decoding.signals_held():
+        ahead = iter(loader)
     started = [process for process in multiprocessing.active_children() if process not in others]
     try:
         while (made := _next(ahead)) is not _END:
@@ -262,9 +264,7 @@ def _same(reading: Any) -> Any:
 
 
 def _serve_one_parent(worker: int) -> None:
-    # A signal to the whole job asks the trainer to save and leave; workers serve it until then, and leave with it.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    decoding.ignore_signals()
     # PyTorch's own look at the parent comes between two shares only, and not where it ended before this process ran.
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None

@@ -73,6 +73,12 @@ def check(cfg: Config) -> None:
     for name, least in (("every", 1), ("num", LEAST), ("batch", 1)):
         if (value := getattr(cfg, name)) is not None and value < least:
             raise ValueError(f"evaluation.{name} is {value}: use {least} or more")
+    for name in ("num", "batch"):
+        if cfg.every is None and (value := getattr(cfg, name)) != getattr(Config(), name):
+            raise ValueError(
+                f"evaluation.{name} is {value} but evaluation.every is not given: give the steps between measurements, "
+                "or leave both out"
+            )
     for name, what in (("reference", "an .npz of ADM's form or a folder"), ("inception", inception.NAME)):
         if (getattr(cfg, name) is None) != (cfg.every is None):
             given, other = ("every", name) if cfg.every else (name, "every")

@@ -41,6 +41,12 @@ def fused(ops: Ops) -> Ops:
     )
 
 
+def need_triton(what: str) -> None:
+    """Raises ValueError where Triton is not installed; ``what`` needs it, on whatever device."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(f"{what} needs Triton, which is not installed: pip install triton, or odit[triton]")
+
+
 @functools.cache
 def obstacle(device: torch.device) -> str | None:
     """Why kernels cannot run on this device, such as Triton missing; None where they can, as one of them has just
