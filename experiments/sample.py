@@ -24,7 +24,7 @@ from odit.config_json import to_json
 from odit.encoders import config as frozen
 from odit.parallel import mesh as meshes
 from odit.source import Foreign, Source
-from odit.storage import try_writing, writing
+from odit.storage import share, try_writing, writing
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,7 @@ def write(args: Sample, composed: plan.Plan, shown: dict[str, list], pictures) -
         labels = {"labels": torch.tensor(shown["labels"])} if "labels" in shown else {}
         with writing(args.tensors, pictures.nbytes):
             save_file({"samples": pictures.contiguous(), **labels}, args.tensors)
+            share(args.tensors)
 
 
 def cli() -> None:

@@ -16,6 +16,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+UMASK = os.umask(0o077)  # which the system tells by setting it
+os.umask(UMASK)
+
 
 class StorageError(OSError):
     """Storage that took not what was to be written: where, why, how much was needed and how much is free."""
@@ -124,6 +127,11 @@ def make_folders(path: Path, disk: Disk = DISK) -> None:
     with contextlib.suppress(FileExistsError):
         disk.make_folder(path)
     disk.sync_path(path.parent)
+
+
+def share(path: Path) -> None:
+    """Gives a file the mode of any new one; safetensors' library and temporary files are for their user alone."""
+    os.chmod(path, 0o666 & ~UMASK)
 
 
 def remove_tree(path: Path, disk: Disk = DISK) -> None:

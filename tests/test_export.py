@@ -184,6 +184,10 @@ def test_every_form_comes_back_with_the_same_bits(to, out, tmp_path):
     assert found.run.diffusion.learned_variance and diffusion.build(found.run.diffusion).predicts == "eps"
     assert (found.about.get("class_names") == ["x", "y", "z"]) == (to != "dit")
     assert sorted(os.listdir(tmp_path)) == sorted(["a.safetensors", out])
+    (tmp_path / "any").touch()
+    assert {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()} == {
+        (tmp_path / "any").stat().st_mode
+    }
     if to == "odit":
         assert (found.about["step"], found.run) == (7, run)
 

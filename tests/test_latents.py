@@ -231,6 +231,8 @@ def test_any_number_of_processes_writes_the_same_bytes(world, folder, cache, tmp
     assert {name: contents(tmp_path)[name] for name in names} == {name: contents(cache)[name] for name in names}
     assert latents.Latents(tmp_path, 0.0).fingerprint() == latents.Latents(cache, 0.0).fingerprint()
     assert {**index, "source": 0} == {**want, "source": 0}
+    (tmp_path / "any").touch()  # as others may read that, they may read these
+    assert len({path.stat().st_mode for path in tmp_path.iterdir() if path.is_file()}) == 1
 
 
 def test_what_was_killed_is_completed(folder, tmp_path, capsys):

@@ -27,7 +27,7 @@ from torch import Tensor
 from odit import random, tree
 from odit.data import loader
 from odit.data.dataset import READ_KEY, BadSample, DataError, Dataset, sample_ids, split
-from odit.storage import writing
+from odit.storage import share, writing
 
 FORMAT = 1
 INDEX, SETTINGS, NULL = "index.json", "settings.json", "null.safetensors"
@@ -359,8 +359,8 @@ def _whole(path: Path, needed: int) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         try:
-            os.chmod(temporary, 0o644)
             yield temporary
+            share(temporary)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
