@@ -204,13 +204,14 @@ def test_the_plan_tells_what_is_trained_and_what_is_dropped(pictures):
     dataset = opened(run)
     counts = [len(part.train_ids) for part in dataset.parts]
     lines = plan.describe(plan.make(run, dataset)).splitlines()
-    told = [line for line in lines if line.startswith(("bucket", "dropped", "validation"))]
+    told = [line for line in lines if line.startswith(("bucket", "dropped", "skipped", "validation"))]
     for line, size, count, tokens in zip(told, SIZES, counts, (4, 8, 8)):
         assert line.startswith(f"bucket {size}: {count} samples of {tokens} tokens, ")
     held_out = sum(len(part.held_out_ids) for part in dataset.parts)
     left_out = "; 1 held-out sample without a bucket left out" if held_out < 10 else ""
     assert told[3:] == [
         "dropped 1 of 51 samples: 1 unreadable",
+        f"skipped {pictures.parent}/none.png: not an image (UnidentifiedImageError)",
         f"validation: {held_out} samples, bucket by bucket{left_out}",
     ]
 

@@ -28,6 +28,7 @@ Bucket = tuple[int, int, int]
 # 1.778, 240 x 426 is 1.775): ratios this close to the nearest one count as equally near, and the area decides.
 NEAR = 1.03
 SERVED, UNREADABLE, TOO_SHORT, PICTURE = range(4)
+NAMED = 10  # files that cannot be read which the start names
 REASONS = ("", "unreadable", "too short for every bucket", "of one frame (no bucket for pictures)")
 ROWS = 2**16  # samples assigned at once
 
@@ -192,7 +193,7 @@ class Bucketed:
         """Looks at every sample's header; raises DataError where more cannot be read than ``bad_budget`` allows."""
         self.buckets, self.num = buckets, [len(dataset.train_ids), len(dataset.held_out_ids)]
         self.assignment = assign(dataset.sizes(), buckets, interval)
-        _check_readable(dataset, self.assignment, bad_budget)
+        self.bad = _check_readable(dataset, self.assignment, bad_budget)
         self.train_ids, self.held_out_ids = (
             ids[self.assignment.bucket_N[ids] >= 0] for ids in (dataset.train_ids, dataset.held_out_ids)
         )
@@ -219,8 +220,9 @@ class Bucketed:
         return f"{digest.hexdigest()} in {' '.join(map(name, self.buckets))}"
 
     def describe(self, global_batch: int, tokens: Callable[[Bucket], int] | None = None) -> list[str]:
-        """The plan in words, as the function of this name, and a line on validation."""
+        """The plan in words, as the function of this name, some files that cannot be read, and a line on validation."""
         lines = describe(self.buckets, self.assignment, self.schedule(READ_KEY, global_batch), tokens)
+        lines += [f"skipped {path}: {reason}" for path, reason in self.bad.items()]
         if not self.num[1]:
             return lines
         left_out = self.num[1] - len(self.held_out_ids)
@@ -228,18 +230,20 @@ class Bucketed:
         return [*lines, f"validation: {_count(len(self.held_out_ids), 'sample')}, bucket by bucket{told}"]
 
 
-def _check_readable(dataset: Sized, assignment: Assignment, bad_budget: float) -> None:
-    """What the loader asks of samples as it reads them, of all of them at once."""
+def _check_readable(dataset: Sized, assignment: Assignment, bad_budget: float) -> dict[str, str]:
+    """What the loader asks of samples as it reads them, of all of them at once; {path: reason} of the first ``NAMED``
+    that cannot be read."""
     ids = torch.nonzero(assignment.reason_N == UNREADABLE).flatten().tolist()
-    if not loader.over_budget(len(ids), len(assignment.reason_N), bad_budget):
-        return
+    too_many = loader.over_budget(len(ids), len(assignment.reason_N), bad_budget)
     bad = {}
-    for i in ids:
+    for i in ids if too_many else ids[:NAMED]:
         try:
             dataset.read([i])
         except BadSample as error:
             bad[error.path] = error.reason
-    raise DataError(loader.list_bad(bad, len(assignment.reason_N), bad_budget))
+    if too_many:
+        raise DataError(loader.list_bad(bad, len(assignment.reason_N), bad_budget))
+    return bad
 
 
 def describe(
