@@ -129,11 +129,6 @@ def make_folders(path: Path, disk: Disk = DISK) -> None:
     disk.sync_path(path.parent)
 
 
-def share(path: Path) -> None:
-    """Gives a file the mode of any new one; safetensors' library and temporary files are for their user alone."""
-    os.chmod(path, 0o666 & ~UMASK)
-
-
 def remove_tree(path: Path, disk: Disk = DISK) -> None:
     """Removes a file, a link or a folder with all that is in it, if it is there; follows no link."""
     if path.is_symlink() or not path.is_dir():
@@ -143,6 +138,11 @@ def remove_tree(path: Path, disk: Disk = DISK) -> None:
     for name in sorted(os.listdir(path)):
         remove_tree(path / name, disk)
     disk.remove_folder(path)
+
+
+def share(path: Path) -> None:
+    """Gives a file the mode of any new one; safetensors' library and temporary files are for their user alone."""
+    os.chmod(path, 0o666 & ~UMASK)
 
 
 @contextlib.contextmanager

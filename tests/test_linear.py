@@ -77,6 +77,7 @@ def test_sums_on_a_gpu(groups, rows, width, dtype):
 def test_the_shapes_of_these_tests_have_several_spans_steps_and_blocks(monkeypatch):
     seen = []
     monkeypatch.setattr(module, "launch", lambda kernel, programs, *args, **constants: seen.append((args, constants)))
+    monkeypatch.setattr(module, "totals", lambda partial, dtype: partial)  # which holds whatever was there
     column_sums(torch.empty(1, 1021, 384))
     (*_, spans, blocks, _, _), constants = seen[0]
     assert spans > 1 and blocks > 1 and constants["STEPS"] > 1
