@@ -109,8 +109,8 @@ def main(args: Sample) -> None:
         shown, conditions = choose(args, composed)
         args = dataclasses.replace(args, out=target(args.out, len(composed.shape.size) == 3))
         check_fps(args, len(composed.shape.size) == 3)
-        # a place that cannot be written shows before the work
-        peers.told_by_rank_0(meshes.store(), rank, "out", lambda: [*map(try_writing, written(args))])
+        for path in filter(None, (args.out, args.tensors)):  # a place that cannot be written shows before the work
+            peers.told_by_rank_0(meshes.store(), rank, str(path), functools.partial(try_writing, path))
         params = found.load(composed)
         pictures = sample.sample(
             composed,
@@ -188,11 +188,6 @@ def target(out: Path | None, clips: bool) -> Path:
     if out.suffix not in kinds:
         raise ValueError(f"out is {out}, which cannot hold {'clips' if clips else 'pictures'}: use {', '.join(kinds)}")
     return out
-
-
-def written(args: Sample) -> list[Path]:
-    """The files to write."""
-    return [path for path in (args.out, args.tensors) if path]
 
 
 def write(args: Sample, composed: plan.Plan, shown: dict[str, list], pictures) -> None:

@@ -97,11 +97,10 @@ def _degrees(run: Run, world: int) -> dict[str, Any]:
 def record(run: Run, shape: Shape, strategy: str, capability: tuple[int, int]) -> ops.Ops:
     """The record that ``plan`` would choose on a GPU of this compute capability, where all libraries are there."""
     from odit import kernels
+    from odit.kernels import gelu_mlp
 
     if run.kernels == "reference":
         return ops.Ops()
-    from odit.kernels import gelu_mlp
-
     size, found = run.model.head_size, attended(run, shape, strategy, capability)
     fused = kernels.fused(ops.flash())
     if gelu_in_products(run, strategy, capability):
@@ -114,12 +113,10 @@ def record(run: Run, shape: Shape, strategy: str, capability: tuple[int, int]) -
 
 def gelu_in_products(run: Run, strategy: str, capability: tuple[int, int]) -> bool:
     """Whether the mlp's products have its GELU in them there."""
-    if run.kernels == "reference":
-        return False
     from odit.kernels import gelu_mlp
 
     mlp = gelu_mlp.Mlp(*mlp_sizes(run, strategy))
-    return gelu_mlp.serves(capability, DTYPES[run.precision], mlp) is None
+    return run.kernels != "reference" and gelu_mlp.serves(capability, DTYPES[run.precision], mlp) is None
 
 
 def attended(run: Run, shape: Shape, strategy: str, capability: tuple[int, int]) -> attention.Entry | None:

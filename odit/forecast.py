@@ -113,8 +113,7 @@ def _choices(gpus: int, sizes: list[int]) -> Iterator[tuple[Any, ...]]:
 
 def forecast(run: Run, shape: Shape, cluster: Cluster) -> tuple[list[Forecast], list[str]]:
     """All layouts, those that fit first and the fastest of them before the others; and why some cannot run at all."""
-    if run.kernels != "reference":
-        need_triton("a forecast of fused kernels")
+    need_triton("a forecast of fused kernels")
     found, refused = [], {}
     for candidate in layouts(run, shape, cluster):
         try:

@@ -21,12 +21,12 @@ import torch
 
 from odit import storage, tree
 from odit.data import DataError
+from odit.data.children import SIGNALS
 from odit.parallel.mesh import RanksLost
 
 # RELIABILITY: 2 config, 3 checkpoint, 4 data, 5 numeric, 6 storage, 7 distributed, 75 stopped by a signal (EX_TEMPFAIL)
 CONFIG, CHECKPOINT, DATA, NUMERIC, STORAGE, DISTRIBUTED, STOPPED = 2, 3, 4, 5, 6, 7, 75
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 AGAIN_S = 1.0  # a signal that comes sooner is the first one twice: to the terminal's group, and from the launcher
 
 TELL_S = 5.0  # what storage has to take an exit code, and a pipe the last words

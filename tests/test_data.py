@@ -284,8 +284,10 @@ def test_a_signal_to_a_worker_that_just_starts(monkeypatch, number):
 
     monkeypatch.setattr(SpawnProcess, "start", signalled)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    batches = loader.batches(Numbers(9), KEY, global_batch=2, stop=2, workers=1)
-    assert len(list(batches)) == 2 and len(pids) == 1
+    batches = loader.batches(Numbers(9), KEY, global_batch=2, stop=50, workers=1)
+    next(batches)
+    os.kill(pids[0], number)  # and where it reads
+    assert len(list(batches)) == 49 and len(pids) == 1
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 

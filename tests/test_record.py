@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from odit import config, record
+from odit import config, health, record
 from odit.storage import Disk, StorageError
 
 
@@ -97,6 +97,8 @@ def test_a_lock_that_cannot_be_had_is_not_one_that_is_held(tmp_path, monkeypatch
         record.Lock(tmp_path / "file")
     with pytest.raises(StorageError, match=r"below.* cannot be written .ENOTDIR"):
         record.Lock(tmp_path / "file" / "below")
+    with pytest.raises(StorageError, match=r"below.* cannot be written .ENOTDIR"):
+        health.Exit.keep(tmp_path / "file" / "below", 0)
     with record.Lock(tmp_path / "run"), pytest.raises(ValueError, match="is in use by process"):
         record.Lock(tmp_path / "run")
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from odit import random
-from odit.data import decoding, pictures
+from odit.data import children, decoding, pictures
 from odit.data.dataset import BadSample, DataError
 
 EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
@@ -117,7 +117,7 @@ class Decoder:
         run = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
         limit_s = str(int(self.timeout_s) + 10)
         command = [sys.executable, "-c", run, decoding.__file__, limit_s]
-        with decoding.signals_held():
+        with children.signals_held():
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.end = weakref.finalize(self, _kill, self.process)
         try:

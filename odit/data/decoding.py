@@ -40,8 +40,6 @@ HEADER = struct.Struct("<?Q")
 """Before each answer: whether it is what was asked for (else a reason), and how many bytes follow."""
 LOOK_S = 0.5
 """How often a process looks whether its parent lives."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""To a whole job they ask the trainer to save and leave."""
 
 
 class Unusable(Exception):
@@ -392,23 +390,6 @@ def answer(request: dict) -> bytes:
         raise Unusable(f"cannot be decoded ({type(error).__name__}: {error})") from None
 
 
-def ignore_signals() -> None:
-    """The parent decides when this process ends: a trainer that is asked to leave reads on until it has saved."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Holds signals to a job back from this thread and from processes that it starts inside, whose first seconds are
-    imports: they would end by them before they can ignore them. This process gets its own afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def serve(limit_s: int) -> None:
     """Answers requests, a JSON line each, from stdin on stdout until stdin ends, or the parent does."""
     end_with_parent(os.getppid())  # one that is gone already has asked nothing, and stdin ends
@@ -416,7 +397,6 @@ def serve(limit_s: int) -> None:
     import numpy  # noqa: F401 (now, not within the time of the first clip)
     from PIL import Image  # noqa: F401
 
-    ignore_signals()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends it, wherever it hangs
     av.logging.set_level(None)
     answers = os.fdopen(os.dup(1), "wb")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from odit import random, tree
-from odit.data import decoding
+from odit.data import children, decoding
 from odit.data.dataset import BadSample, Batch, DataError, Dataset
 
 MAX_ATTEMPTS = 64  # substitutes tried for one sample; if this many are bad in a row, the data is
@@ -230,7 +230,7 @@ def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) 
     )
     others = set(multiprocessing.active_children())  # a DataLoader does not tell which processes are its own
     resource_tracker.ensure_running()  # when that starts it lets signals through again
-    with decoding.signals_held():
+    with children.signals_held():
         ahead = iter(loader)
     started = [process for process in multiprocessing.active_children() if process not in others]
     try:
@@ -264,7 +264,6 @@ def _same(reading: Any) -> Any:
 
 
 def _serve_one_parent(worker: int) -> None:
-    decoding.ignore_signals()
     # PyTorch's own look at the parent comes between two shares only, and not where it ended before this process ran.
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
