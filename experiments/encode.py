@@ -27,7 +27,7 @@ from tqdm import tqdm
 from odit import checks, config, data, health, peers, plan, tree
 from odit import front as fronts
 from odit.config_json import to_json
-from odit.data import latents, loader
+from odit.data import ahead, latents, loader
 from odit.encoders import config as encoders
 from odit.parallel import mesh as meshes
 
@@ -179,7 +179,7 @@ def read(job: Job, shards: list[int]) -> Iterator[latents.Part]:
     """Batches of these shards, read ahead where workers do."""
     batches = [ids for shard in shards for ids in job.ids(shard).split(job.args.batch)]
     reader, workers = functools.partial(latents.read_part, job.dataset), job.args.data.workers
-    yield from loader.read_ahead(reader, batches, workers) if workers else map(reader, batches)
+    yield from ahead.read_ahead(reader, batches, workers) if workers else map(reader, batches)
 
 
 def encode_part(job: Job, part: latents.Part) -> tuple[dict[str, Tensor] | None, list[tuple[int, str, str]]]:

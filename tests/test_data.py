@@ -1,6 +1,7 @@
 """Order, reading, bad samples, workers: what a batch holds is a function of (key, step) and the data alone."""
 
 import ast
+import functools
 import io
 import itertools
 import math
@@ -8,6 +9,9 @@ import multiprocessing
 import os
 import signal
 import struct
+import subprocess
+import sys
+import time
 import zlib
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -18,7 +22,7 @@ import torch
 from PIL import Image
 
 from odit import data, metrics, random
-from odit.data import folder, loader, pictures
+from odit.data import ahead, folder, loader, pictures
 from odit.data.dataset import READ_KEY, sample_ids, split
 
 KEY = random.key(5)
@@ -255,21 +259,61 @@ def test_an_error_in_a_worker_is_raised_as_it_is_and_keeps_no_process(kind, told
     with pytest.raises({"data": data.DataError, "key": KeyError, "local": RuntimeError}[kind], match=told) as found:
         next(batches)
     assert set(multiprocessing.active_children()) == others, found
-    assert "in a data worker" in str(found.value.__cause__) and "def read" not in str(found.value)
+    assert ", in read\n" in str(found.value.__cause__) and ", in read" not in str(found.value)
 
 
-def test_a_killed_worker_ends_the_others():
-    """Said where its next batch is waited for, or by PyTorch's signal handler wherever the program is."""
+@pytest.mark.parametrize("number, memory", [(signal.SIGKILL, "memory"), (signal.SIGBUS, "shared memory")])
+def test_a_killed_worker_is_told_where_its_share_is_due(number, memory):
+    """And nowhere else: a signal handler would raise in the middle of whatever the trainer does. It ends the others."""
     others = set(multiprocessing.active_children())
     batches = loader.batches(Numbers(9), KEY, global_batch=2, stop=10**6, workers=2)
     next(batches)
-    (one, _) = set(multiprocessing.active_children()) - others
-    with pytest.raises((data.DataError, RuntimeError), match="killed") as found:
-        one.kill()
+    (one, two) = set(multiprocessing.active_children()) - others
+    os.kill(one.pid, number)
+    one.join()
+    time.sleep(0.1)
+    told = rf"^a process that reads data was killed \({number.name}\): with too little {memory} \S* ?use fewer --data.w"
+    with pytest.raises(data.DataError, match=told) as found:
         for _ in batches:
             pass
-    batches.close()
-    assert set(multiprocessing.active_children()) == others, found
+    assert set(multiprocessing.active_children()) == others and two.exitcode == -signal.SIGKILL, found
+
+
+class Slow(Numbers):
+    """One of its shares takes for ever."""
+
+    def read(self, ids, key=READ_KEY):
+        time.sleep(1000 if 3 in ids else 0)
+        return super().read(ids, key)
+
+
+def test_a_worker_that_hangs_ends_the_run(monkeypatch):
+    others, read = set(multiprocessing.active_children()), []
+    batches = ahead.read_ahead(functools.partial(loader.read_share, Slow(9), KEY), torch.arange(9).split(1), 2)
+    read.append(int(next(batches).ids_B))  # a process needs longer to start
+    monkeypatch.setattr(ahead, "TIMEOUT_S", 1)
+    with pytest.raises(data.DataError, match=r"^a process that reads data took more than 1 s") as found:
+        for reading in batches:
+            read.append(int(reading.ids_B))
+    assert read == [0, 1, 2] and set(multiprocessing.active_children()) == others, found
+
+
+def test_a_script_that_does_not_close_the_iterator_ends():
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_data import KEY, Numbers, loader
+batches = loader.batches(Numbers(9), KEY, global_batch=2, stop=10**6, workers=1)
+print(next(batches).y)
+sys.exit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (3, "") and "tensor" in done.stdout
+
+
+def test_a_worker_that_ends_by_itself():
+    with pytest.raises(data.DataError, match=r"^a process that reads data ended with code 3: it says why above$"):
+        next(ahead.read_ahead(os._exit, [3], 1))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

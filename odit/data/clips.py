@@ -69,8 +69,8 @@ class Item(NamedTuple):
 class Decoder:
     """One process that decodes, started when first needed; picklable, but the process stays behind.
 
-    It runs ``odit/data/decoding.py`` (a plain child, as DataLoader's daemonic workers may have no multiprocessing
-    ones), takes a JSON line a request on its stdin and answers on its stdout. It ends when its parent does.
+    It runs ``odit/data/decoding.py`` alone, without this package and PyTorch, takes a JSON line a request on its stdin
+    and answers on its stdout. It ends when its parent does.
     """
 
     def __init__(self, timeout_s: float = TIMEOUT_S):

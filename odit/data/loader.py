@@ -9,25 +9,20 @@ Where sizes are mixed, ``buckets.Schedule`` says which samples a step has, and s
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import pickle
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from odit import random, tree
-from odit.data import children, decoding
+from odit.data import ahead
 from odit.data.dataset import BadSample, Batch, DataError, Dataset
 
 MAX_ATTEMPTS = 64  # substitutes tried for one sample; if this many are bad in a row, the data is
 ALWAYS_ALLOWED = 10  # bad samples that never stop a run
 ORDER_CHUNK = 2**14  # positions looked up at once: a permutation costs milliseconds however few it maps
 READ_CHUNK = 8  # samples read at once; a bad one makes its chunk be read again one by one
-WORKER_TIMEOUT_S = 600
 
 Share = tuple[int, Tensor]
 """Which part of the data set a step is of (0, but for mixed sizes), and the draw ids (B,) of this rank's samples."""
@@ -153,7 +148,7 @@ def _batches(parts, key, shares, workers, flip, bad_budget, on_bad) -> Iterator[
     bad: dict[str, str] = {}
     num_read, num_train = 0, sum(len(part.train_ids) for part in parts)
     read = functools.partial(_read_of, parts, key)
-    for reading in map(read, shares) if workers == 0 else read_ahead(read, shares, workers):
+    for reading in map(read, shares) if workers == 0 else ahead.read_ahead(read, shares, workers):
         for path, reason in reading.bad:
             if path not in bad:
                 bad[path] = reason
@@ -180,91 +175,3 @@ def list_bad(bad: dict[str, str], num_read: int, bad_budget: float) -> str:
         f"({ALWAYS_ALLOWED} are always allowed): raise the budget, which --resume takes too, or begin anew without "
         f"these files\n{files}"
     )
-
-
-class _Failed(NamedTuple):
-    """What a worker met, as a value, so that it is raised in the trainer with its own type and sentence."""
-
-    error: Exception
-    stack: str
-
-
-class _Shares(torch.utils.data.Dataset):
-    """Lets a DataLoader's workers call ``read``: the index is a share."""
-
-    def __init__(self, read: Callable[[Any], Any]):
-        self.read = read
-
-    def __getitem__(self, share: Any) -> Any:
-        try:
-            return self.read(share)
-        except Exception as error:
-            return _Failed(_picklable(error), f"in a data worker:\n{traceback.format_exc()}")
-
-
-def _picklable(error: Exception) -> Exception:
-    """The error, or where it does not survive the way to another process, its words."""
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) -> Iterator[Any]:
-    """Yields what ``read``, picklable, makes of each share, in their order, by processes that run ahead.
-
-    What ``read`` raises is raised here. Closing the iterator ends its processes.
-    """
-    # spawn: a fork after CUDA or gloo threads have started is not safe.
-    loader = torch.utils.data.DataLoader(
-        _Shares(read),
-        batch_size=None,
-        sampler=shares,
-        collate_fn=_same,
-        num_workers=workers,
-        prefetch_factor=2,
-        worker_init_fn=_serve_one_parent,
-        multiprocessing_context="spawn",
-        timeout=WORKER_TIMEOUT_S,
-        generator=torch.Generator(),  # else it draws a seed from the global generator
-    )
-    others = set(multiprocessing.active_children())  # a DataLoader does not tell which processes are its own
-    resource_tracker.ensure_running()  # when that starts it lets signals through again
-    with children.signals_held():
-        ahead = iter(loader)
-    started = [process for process in multiprocessing.active_children() if process not in others]
-    try:
-        while (made := _next(ahead)) is not _END:
-            if isinstance(made, _Failed):
-                raise made.error from RuntimeError(made.stack)
-            yield made
-    finally:
-        del ahead  # asks its processes to leave
-        for process in started:
-            process.kill()  # Python would wait for one that is busy, and they do not heed its SIGTERM
-            process.join()
-
-
-_END = object()
-
-
-def _next(ahead: Iterator[Any]) -> Any:
-    """The next one, or ``_END``; an error of the iterator's own as a value: its traceback would keep the iterator."""
-    try:
-        return next(ahead)
-    except StopIteration:
-        return _END
-    except (RuntimeError, OSError, EOFError) as error:
-        told = f"a process that reads data was killed, or took more than {WORKER_TIMEOUT_S} s ({str(error).strip()})"
-        return _Failed(DataError(f"{told}: with too little memory use fewer --data.workers"), traceback.format_exc())
-
-
-def _same(reading: Any) -> Any:
-    return reading
-
-
-def _serve_one_parent(worker: int) -> None:
-    # PyTorch's own look at the parent comes between two shares only, and not where it ended before this process ran.
-    parent = multiprocessing.parent_process()
-    assert parent is not None and parent.pid is not None
-    decoding.end_with_parent(parent.pid)
