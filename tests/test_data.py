@@ -290,7 +290,7 @@ class Slow(Numbers):
 def test_a_worker_that_hangs_ends_the_run(monkeypatch):
     others, read = set(multiprocessing.active_children()), []
     batches = ahead.read_ahead(functools.partial(loader.read_share, Slow(9), KEY), torch.arange(9).split(1), 2)
-    read.append(int(next(batches).ids_B))  # a process needs longer to start
+    read += [int(next(batches).ids_B), int(next(batches).ids_B)]  # processes need longer to start
     monkeypatch.setattr(ahead, "TIMEOUT_S", 1)
     with pytest.raises(data.DataError, match=r"^a process that reads data took more than 1 s") as found:
         for reading in batches:
@@ -298,22 +298,40 @@ def test_a_worker_that_hangs_ends_the_run(monkeypatch):
     assert read == [0, 1, 2] and set(multiprocessing.active_children()) == others, found
 
 
-def test_a_script_that_does_not_close_the_iterator_ends():
-    script = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_data import KEY, Numbers, loader
-batches = loader.batches(Numbers(9), KEY, global_batch=2, stop=10**6, workers=1)
-print(next(batches).y)
-sys.exit(3)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (3, "") and "tensor" in done.stdout
-
-
 def test_a_worker_that_ends_by_itself():
     with pytest.raises(data.DataError, match=r"^a process that reads data ended with code 3: it says why above$"):
         next(ahead.read_ahead(os._exit, [3], 1))
+
+
+def test_shares_and_what_they_come_to_may_be_large():
+    """More than a pipe holds, both at once; and closed while they wait, nothing is left open."""
+    share = bytes(10**6)
+    assert list(ahead.read_ahead(bytes.hex, 7 * [share], 1)) == 7 * [share.hex()]
+    files = len(os.listdir("/proc/self/fd"))
+    for read, asked in ((bytes.hex, share), (torch.neg, torch.ones(10))):
+        reading = ahead.read_ahead(read, 50 * [asked], 2)
+        next(reading)
+        reading.close()
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+SCRIPT = """
+import os, signal, sys, time
+from odit.data import ahead
+signal.signal(signal.SIGUSR1, lambda *_: None)
+for _ in range(2):
+    made = list(ahead.read_ahead(int, range(9), 1))
+    os.killpg(0, signal.SIGUSR1)  # as a launcher does, to all processes of a job
+reading = ahead.read_ahead(time.sleep, [0, 1000], 1)
+next(reading)
+sys.exit(made[-1])
+"""
+
+
+def test_a_script_that_leaves_an_iterator_open_ends():
+    """At once, though a process is busy; and a signal to the job ends no process that multiprocessing keeps."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], stderr=-1, text=True, timeout=60, start_new_session=True)
+    assert (done.returncode, done.stderr) == (8, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
