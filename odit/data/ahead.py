@@ -100,8 +100,9 @@ class _Reader:
             return f"what a process that reads data sent did not arrive ({error or type(error).__name__})"
         if code >= 0:
             return f"a process that reads data ended with code {code}: it says why above"
-        told = f"a process that reads data was killed ({signal.Signals(-code).name})"
-        memory = {signal.SIGKILL: "memory", signal.SIGBUS: "shared memory (/dev/shm)"}.get(-code)
+        killed_by = signal.Signals(-code)
+        told = f"a process that reads data was killed ({killed_by.name})"
+        memory = {signal.SIGKILL: "memory", signal.SIGBUS: "shared memory (/dev/shm)"}.get(killed_by)
         return f"{told}: with too little {memory} use fewer --data.workers" if memory else told
 
     def end(self) -> None:
