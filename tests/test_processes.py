@@ -41,6 +41,16 @@ def processes(job):
     return found
 
 
+def pid_of(rank, launcher, job):
+    """Of a rank itself, a child of the launcher; it may have started processes, which are marked alike."""
+    found = []
+    for pid in (pid for pid, marked in processes(job).items() if marked == rank):
+        with suppress(OSError):  # gone by now
+            found += [pid] if meshes._stat(pid)[1] == str(launcher.pid) else []
+    (pid,) = found
+    return pid
+
+
 @contextmanager
 def marked(job):
     """The environment of a job; nothing of it is left behind."""
@@ -126,7 +136,7 @@ def errors(texts):
 def test_a_killed_rank_ends_the_job(tmp_path):
     with torchrun(tmp_path, "--no-progress") as (launcher, _):
         killed = time.monotonic()
-        (pid,) = (pid for pid, rank in processes(tmp_path).items() if rank == 2)
+        pid = pid_of(2, launcher, tmp_path)
         os.kill(pid, signal.SIGKILL)
         assert launcher.wait(END_S) not in (0, None)
         assert wait_until(lambda: not processes(tmp_path), END_S - (time.monotonic() - killed)), processes(tmp_path)
@@ -151,7 +161,7 @@ def test_ranks_end_with_their_launcher(tmp_path):
 def test_a_stopped_rank_ends_the_job_and_is_named(tmp_path):
     """The launcher kills it, as it does not react to SIGTERM, after 30 seconds."""
     with torchrun(tmp_path, "--no-progress", ODIT_TIMEOUT_S="5") as (launcher, log):
-        (pid,) = (pid for pid, rank in processes(tmp_path).items() if rank == 2)
+        pid = pid_of(2, launcher, tmp_path)
         os.kill(pid, signal.SIGSTOP)
         others = {p for p, rank in processes(tmp_path).items() if rank not in (2, None)}
         assert wait_until(lambda: not others & set(processes(tmp_path)), 5 + END_S), processes(tmp_path)
@@ -222,7 +232,7 @@ def test_a_kill_ends_workers_and_decoders(tmp_path, whom):
         assert wait_until(lambda: rests(tmp_path / "run" / "metrics.jsonl"), END_S)
         found = processes(tmp_path)
         assert len(found) >= 1 + 2 * (1 + 2 + 2)  # and what multiprocessing starts for its own
-        (rank,) = (pid for pid in found if found[pid] == 1 and meshes._stat(pid)[1] == str(launcher.pid))
+        rank = pid_of(1, launcher, tmp_path)
         killed = time.monotonic()
         os.kill({"launcher": launcher.pid, "rank": rank}[whom], signal.SIGKILL)
         assert wait_until(lambda: not set(processes(tmp_path)) - {launcher.pid}, END_S), processes(tmp_path)
@@ -256,7 +266,7 @@ def while_saving(tmp_path, step, seconds):
 @pytest.mark.parametrize("whom", ["launcher", "rank"])
 def test_a_signal_during_a_save_leaves_that_one_and_the_last(tmp_path, whom):
     with while_saving(tmp_path, 5, 1) as (launcher, log):
-        (rank,) = (pid for pid, rank in processes(tmp_path).items() if rank == 1)
+        rank = pid_of(1, launcher, tmp_path)
         os.kill({"launcher": launcher.pid, "rank": rank}[whom], signal.SIGTERM)
         assert launcher.wait(3 * END_S) != 0
         assert wait_until(lambda: not processes(tmp_path), END_S), processes(tmp_path)
@@ -271,7 +281,7 @@ def test_a_signal_during_a_save_leaves_that_one_and_the_last(tmp_path, whom):
 @pytest.mark.parametrize("whom", ["rank", pytest.param("launcher", marks=pytest.mark.slow)])
 def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, whom):
     with while_saving(tmp_path, 10, 2) as (launcher, _):
-        (rank,) = (pid for pid, rank in processes(tmp_path).items() if rank == 1)
+        rank = pid_of(1, launcher, tmp_path)
         killed = time.monotonic()
         os.kill({"launcher": launcher.pid, "rank": rank}[whom], signal.SIGKILL)
         assert wait_until(lambda: not set(processes(tmp_path)) - {launcher.pid}, END_S), processes(tmp_path)
@@ -413,9 +423,9 @@ class TestNccl:
     @pytest.mark.parametrize("whom", ["rank 0", "rank 1", "launcher"])
     def test_a_kill_ends_the_job(self, tmp_path, whom):
         with torchrun(tmp_path, "--no-progress", world=2, device="cuda") as (launcher, log):
-            found = {"launcher" if rank is None else f"rank {rank}": pid for pid, rank in processes(tmp_path).items()}
+            pid = launcher.pid if whom == "launcher" else pid_of(int(whom[-1]), launcher, tmp_path)
             killed = time.monotonic()
-            os.kill(found[whom], signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             assert wait_until(lambda: not set(processes(tmp_path)) - {launcher.pid}, END_S), log.read_text()
             assert launcher.wait(END_S) != 0 and time.monotonic() - killed < END_S
         if whom != "launcher":
@@ -644,7 +654,7 @@ def test_a_signal_leaves_one_checkpoint_and_its_own_code(tmp_path, whom):
         if whom == "launcher":
             launcher.terminate()
         else:
-            (pid,) = (pid for pid, rank in processes(tmp_path).items() if rank == 2)
+            pid = pid_of(2, launcher, tmp_path)
             os.kill(pid, signal.SIGUSR1)
         assert launcher.wait(3 * END_S) != 0
         assert wait_until(lambda: not processes(tmp_path), END_S), processes(tmp_path)
