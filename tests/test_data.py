@@ -25,7 +25,7 @@ from odit import data, metrics, random
 from odit.data import ahead, folder, loader, pictures
 from odit.data.dataset import READ_KEY, sample_ids, split
 
-KEY = random.key(5)
+KEY, ROOT = random.key(5), Path(__file__).parents[1]
 
 
 class Numbers:
@@ -298,8 +298,26 @@ def test_a_worker_that_hangs_ends_the_run(monkeypatch):
     assert read == [0, 1, 2] and set(multiprocessing.active_children()) == others, found
 
 
+class Refusing:
+    """Cannot be pickled, by an error of the kind that a connection has."""
+
+    def __reduce__(self):
+        raise ConnectionError("refused")
+
+
+def refuse(share):
+    return Refusing() if share == 1 else share
+
+
+def test_what_cannot_be_sent_is_told_in_its_turn():
+    reading = ahead.read_ahead(refuse, range(3), 1)
+    assert next(reading) == 0
+    with pytest.raises(ConnectionError, match="refused"):
+        next(reading)
+
+
 def test_a_worker_that_ends_by_itself():
-    with pytest.raises(data.DataError, match=r"^a process that reads data ended with code 3: it says why above$"):
+    with pytest.raises(data.DataError, match=r"^a process that reads data ended with code 3 \(what it said, "):
         next(ahead.read_ahead(os._exit, [3], 1))
 
 
@@ -313,6 +331,27 @@ def test_shares_and_what_they_come_to_may_be_large():
         next(reading)
         reading.close()
     assert len(os.listdir("/proc/self/fd")) == files
+
+
+KILLED_AS_IT_STARTS = """
+import functools, os, signal
+if __name__ == "__mp_main__":
+    os.kill(os.getpid(), signal.SIGKILL)
+from odit.data import ahead
+def second(first, share):
+    return share
+if __name__ == "__main__":
+    next(ahead.read_ahead(functools.partial(second, bytes(10**6)), range(3), 1))
+"""
+
+
+def test_a_worker_that_is_killed_before_it_takes_a_large_data_set(tmp_path):
+    (tmp_path / "script.py").write_text(KILLED_AS_IT_STARTS)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], stderr=-1, text=True, timeout=60, env=env)
+    assert done.stderr.splitlines()[-1].endswith(
+        "DataError: a process that reads data was killed (SIGKILL): with too little memory use fewer --data.workers"
+    )
 
 
 SCRIPT = """

@@ -18,8 +18,9 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from odit.data.dataset import DataError
 
 AHEAD = 2  # shares that each process has or has read before they are due
 TIMEOUT_S = 600
+END_S = 10  # a killed process is gone by then, but where storage that does not answer holds it
 
 
 def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) -> Iterator[Any]:
@@ -37,20 +39,26 @@ def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) 
     What ``read`` raises is raised here, where its share is due, and DataError where a process ended or takes more than
     ``TIMEOUT_S``. Closing the iterator ends its processes.
     """
-    readers: list[_Reader] = []
+    pickled, owner = pickle.dumps(read), os.getpid()
+    readers = [_Reader() for _ in range(workers)]
 
     def end() -> None:
         while readers:
-            readers.pop().end()
+            reader = readers.pop()
+            if os.getpid() == owner:  # not in a fork of this process
+                reader.end()
 
     atexit.register(end)  # an iterator that is left open: Python would wait for processes that are busy
     unregister = atexit.unregister  # a name that still stands as Python ends
     asked: deque[_Reader] = deque()
     try:
-        for _ in range(workers):
-            readers.append(_Reader(read))
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.send(pickled)
+        del pickled
         for k, share in enumerate(shares):
-            readers[k % workers].ask(share)
+            readers[k % workers].send(pickle.dumps(share))
             asked.append(readers[k % workers])
             if len(asked) > AHEAD * workers:
                 yield asked.popleft().answer()
@@ -64,20 +72,26 @@ def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) 
 class _Reader:
     """A process that calls ``read`` for one share after another. It ends with ``end`` and with this process."""
 
-    def __init__(self, read: Callable[[Any], Any]):
-        self.connection, theirs = multiprocessing.Pipe()
+    def __init__(self):
+        util.get_temp_dir()  # one for all, which goes with this process: a killed one leaves its own
+        self.connection, self.theirs = multiprocessing.Pipe()
         # spawn: a fork after CUDA or gloo threads have started is not safe.
-        self.process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, read))
+        self.process = multiprocessing.get_context("spawn").Process(target=_serve, args=(self.theirs,))
+
+    def start(self) -> None:
         with children.signals_held():
             resource_tracker.ensure_running()  # here, as it lets signals through again where it starts
-        with theirs, children.signals_held():
+        with self.theirs, children.signals_held():
             self.process.start()
 
-    def ask(self, share: Any) -> None:
-        """Does not wait for it."""
-        # By value: ``send`` makes tensors wait in this process's files, which stay open where the reader ends before.
+    def send(self, pickled: bytes) -> None:
+        """Sends ``read`` first, and then shares; does not wait for a read.
+
+        By value: ``Connection.send`` makes tensors wait in this process's files, which stay open where the reader ends
+        before. Not as an argument: where the reader ends before it takes all of one, a start waits for ever.
+        """
         with contextlib.suppress(ConnectionError):  # ``answer`` tells that it has ended
-            self.connection.send_bytes(pickle.dumps(share))
+            self.connection.send_bytes(pickled)
 
     def answer(self) -> Any:
         """What the oldest share came to that it was asked for, and has not answered yet."""
@@ -99,15 +113,16 @@ class _Reader:
         if code is None:
             return f"what a process that reads data sent did not arrive ({error or type(error).__name__})"
         if code >= 0:
-            return f"a process that reads data ended with code {code}: it says why above"
-        killed_by = signal.Signals(-code)
-        told = f"a process that reads data was killed ({killed_by.name})"
-        memory = {signal.SIGKILL: "memory", signal.SIGBUS: "shared memory (/dev/shm)"}.get(killed_by)
-        return f"{told}: with too little {memory} use fewer --data.workers" if memory else told
+            return f"a process that reads data ended with code {code} (what it said, if anything, stands above)"
+        names: dict[int, str] = {number: number.name for number in signal.Signals}
+        told = f"a process that reads data was killed ({names.get(-code, -code)})"
+        scarce: dict[int, str] = {signal.SIGKILL: "memory", signal.SIGBUS: "shared memory (/dev/shm)"}
+        return f"{told}: with too little {scarce[-code]} use fewer --data.workers" if -code in scarce else told
 
     def end(self) -> None:
-        self.process.kill()  # it may be busy, and heeds no SIGTERM
-        self.process.join()
+        if self.process.pid is not None:
+            self.process.kill()  # it may be busy, and heeds no SIGTERM
+            self.process.join(END_S)
         self.connection.close()
 
 
@@ -121,32 +136,35 @@ class _Failed(NamedTuple):
     stack: str
 
 
-def _serve(connection: Connection, read: Callable[[Any], Any]) -> None:
+def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)  # the others are other readers' and the trainer's
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
     decoding.end_with_parent(parent.pid)
-    shares: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, shares), daemon=True).start()
+    sent: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, sent), daemon=True).start()
+    read = pickle.loads(sent.get())
     while True:
-        made = _answer(read, shares.get())
-        with contextlib.suppress(ConnectionError):  # nobody takes it: this process ends presently
-            connection.send(made)
+        made = _answer(read, sent.get())
+        with contextlib.suppress(OSError):  # nobody takes it: this process ends presently
+            connection.send_bytes(made)
 
 
-def _receive(connection: Connection, shares: queue.SimpleQueue[bytes]) -> None:
+def _receive(connection: Connection, sent: queue.SimpleQueue[bytes]) -> None:
     """Takes shares while others are read, so that the trainer never waits as it asks; ends the process after it."""
-    with contextlib.suppress(ConnectionError, EOFError):
+    with contextlib.suppress(OSError, EOFError):
         while True:
-            shares.put(connection.recv_bytes())
+            sent.put(connection.recv_bytes())
     os._exit(1)
 
 
-def _answer(read: Callable[[Any], Any], share: bytes) -> Any:
+def _answer(read: Callable[[Any], Any], share: bytes) -> memoryview:
+    """What a share came to, pickled; tensors as files in memory, which the trainer opens."""
     try:
-        return read(pickle.loads(share))
+        return ForkingPickler.dumps(read(pickle.loads(share)))
     except Exception as error:
-        return _Failed(_picklable(error), f"in a process that reads data:\n{traceback.format_exc()}")
+        stack = f"in a process that reads data:\n{traceback.format_exc()}"
+        return ForkingPickler.dumps(_Failed(_picklable(error), stack))
 
 
 def _picklable(error: Exception) -> Exception:
