@@ -37,6 +37,17 @@ def slow(seconds):
     storage.Disk.create = late
 
 
+def validating(seconds):
+    """Validation takes its time on all ranks."""
+    whole = train_script.validate.validate
+
+    def late(*args):
+        time.sleep(float(seconds))
+        return whole(*args)
+
+    train_script.validate.validate = late
+
+
 fault, value = sys.argv.pop(1).split("=")
-{"nan": nan, "slow": slow}[fault](value)
+{"nan": nan, "slow": slow, "validating": validating}[fault](value)
 health.run(train_script.cli)

@@ -623,6 +623,27 @@ def test_a_watch_is_quiet_while_steps_come_and_at_rest(monkeypatch, capsys):
     assert not alone.threads
 
 
+@pytest.mark.slow
+def test_what_is_between_steps_may_take_longer_than_one(tmp_path):
+    args = ["--no-progress", "--steps", "2", "--log-every", "1", "--data.held-out", "0.001"]
+    fault = ("tests/faulty.py", "validating=6")
+    with torchrun(tmp_path, *args, world=2, script=fault, ODIT_TIMEOUT_S="3") as (launcher, log):
+        assert launcher.wait(START_S) == 0, log.read_text()
+    assert "validation loss" in log.read_text()
+
+
+def test_an_error_of_another_rank_leaves_this_one_time_for_its_own(monkeypatch):
+    """What most errors are of is met by all ranks, by one of them first; a rank that was killed is told at once."""
+    monkeypatch.setattr(peers, "WORDS_S", 0.5)
+    monkeypatch.setattr(meshes, "lives", lambda name: False)
+    store, others = dist.HashStore(), peers._Others([1, 2, 3])
+    store.set("left/2", "error")
+    store.set("left/3", "")
+    assert others.gone(store) == {1}
+    time.sleep(0.6)
+    assert others.gone(store) == {1, 2}
+
+
 def test_lost_ranks_have_an_exit_code(capsys):
     def lose():
         raise meshes.RanksLost("rank 3 of 4 did not come in 600 s")
