@@ -192,9 +192,10 @@ def target(out: Path | None, clips: bool) -> Path:
 
 def write(args: Sample, composed: plan.Plan, shown: dict[str, list], pictures) -> None:
     """Writes the grid with its recipe, and the tensors where asked."""
+    sampling = composed.run.sampling
     recipe = {
         **to_json(args),
-        "sampling": to_json(composed.run.sampling),
+        "sampling": {**to_json(sampling), "solver": checks.solver_of(sampling, composed.objective)},
         **shown,
         "versions": record.about(),
     }
