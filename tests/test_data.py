@@ -291,8 +291,8 @@ def test_a_worker_that_hangs_ends_the_run(monkeypatch):
     others, read = set(multiprocessing.active_children()), []
     batches = ahead.read_ahead(functools.partial(loader.read_share, Slow(9), KEY), torch.arange(9).split(1), 2)
     read += [int(next(batches).ids_B), int(next(batches).ids_B)]  # processes need longer to start
-    monkeypatch.setattr(ahead, "TIMEOUT_S", 1)
-    with pytest.raises(data.DataError, match=r"^a process that reads data took more than 1 s") as found:
+    monkeypatch.setattr(ahead, "TIMEOUT_S", 2)
+    with pytest.raises(data.DataError, match=r"^a process that reads data took more than 2 s") as found:
         for reading in batches:
             read.append(int(reading.ids_B))
     assert read == [0, 1, 2] and set(multiprocessing.active_children()) == others, found
@@ -312,7 +312,7 @@ def refuse(share):
 def test_what_cannot_be_sent_is_told_in_its_turn():
     reading = ahead.read_ahead(refuse, range(3), 1)
     assert next(reading) == 0
-    with pytest.raises(ConnectionError, match="refused"):
+    with pytest.raises(data.DataError, match=r"cannot be sent \(ConnectionError: refused\): with too little"):
         next(reading)
 
 
@@ -330,7 +330,7 @@ def test_shares_and_what_they_come_to_may_be_large():
         reading = ahead.read_ahead(read, 50 * [asked], 2)
         next(reading)
         reading.close()
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert len(os.listdir("/proc/self/fd")) <= files
 
 
 KILLED_AS_IT_STARTS = """
@@ -348,7 +348,7 @@ if __name__ == "__main__":
 def test_a_worker_that_is_killed_before_it_takes_a_large_data_set(tmp_path):
     (tmp_path / "script.py").write_text(KILLED_AS_IT_STARTS)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, tmp_path / "script.py"], stderr=-1, text=True, timeout=60, env=env)
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], stderr=-1, text=True, timeout=180, env=env)
     assert done.stderr.splitlines()[-1].endswith(
         "DataError: a process that reads data was killed (SIGKILL): with too little memory use fewer --data.workers"
     )
@@ -369,7 +369,7 @@ sys.exit(made[-1])
 
 def test_a_script_that_leaves_an_iterator_open_ends():
     """At once, though a process is busy; and a signal to the job ends no process that multiprocessing keeps."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT], stderr=-1, text=True, timeout=60, start_new_session=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], stderr=-1, text=True, timeout=180, start_new_session=True)
     assert (done.returncode, done.stderr) == (8, "")
 
 

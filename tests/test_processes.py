@@ -192,7 +192,7 @@ def read(share):
 
 if __name__ == "__main__":  # one of two workers, whichever it is, has nothing to do while the other one hangs
     list(ahead.read_ahead(read, ["quick", "hanging"], 2))
-elif sys.argv[1] == "importing":  # a worker, as it unpickles the function
+elif sys.argv[1] == "importing":  # a worker, as it starts
     (here / "importing").touch()
     while not (here / "alone").exists():
         time.sleep(0.05)
@@ -626,8 +626,8 @@ def test_a_watch_is_quiet_while_steps_come_and_at_rest(monkeypatch, capsys):
 @pytest.mark.slow
 def test_what_is_between_steps_may_take_longer_than_one(tmp_path):
     args = ["--no-progress", "--steps", "2", "--log-every", "1", "--data.held-out", "0.001"]
-    fault = ("tests/faulty.py", "validating=6")
-    with torchrun(tmp_path, *args, world=2, script=fault, ODIT_TIMEOUT_S="3") as (launcher, log):
+    fault = ("tests/faulty.py", "validating=9")
+    with torchrun(tmp_path, *args, world=2, script=fault, ODIT_TIMEOUT_S="6") as (launcher, log):
         assert launcher.wait(START_S) == 0, log.read_text()
     assert "validation loss" in log.read_text()
 

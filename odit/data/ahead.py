@@ -7,7 +7,6 @@ latter (Python 3.12) waits for ever for processes that heed no SIGTERM.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import multiprocessing
 import os
@@ -30,7 +29,8 @@ from odit.data.dataset import DataError
 
 AHEAD = 2  # shares that each process has or has read before they are due
 TIMEOUT_S = 600
-END_S = 10  # a killed process is gone by then, but where storage that does not answer holds it
+END_S = 10  # a killed process is gone by then, but where storage that does not answer holds it: the error is told first
+SCARCE = "with too little shared memory (/dev/shm) or too few open files (ulimit -n) use fewer --data.workers"
 
 
 def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) -> Iterator[Any]:
@@ -39,17 +39,10 @@ def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) 
     What ``read`` raises is raised here, where its share is due, and DataError where a process ended or takes more than
     ``TIMEOUT_S``. Closing the iterator ends its processes.
     """
-    pickled, owner = pickle.dumps(read), os.getpid()
+    pickled = pickle.dumps(read)
     readers = [_Reader() for _ in range(workers)]
-
-    def end() -> None:
-        while readers:
-            reader = readers.pop()
-            if os.getpid() == owner:  # not in a fork of this process
-                reader.end()
-
-    atexit.register(end)  # an iterator that is left open: Python would wait for processes that are busy
-    unregister = atexit.unregister  # a name that still stands as Python ends
+    # The latest as Python ends, which would wait for processes that are busy; once, and not in a fork of this process.
+    end = util.Finalize(None, _end, (readers,), exitpriority=0)
     asked: deque[_Reader] = deque()
     try:
         for reader in readers:
@@ -66,7 +59,11 @@ def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) 
             yield asked.popleft().answer()
     finally:
         end()
-        unregister(end)
+
+
+def _end(readers: list[_Reader]) -> None:
+    for reader in readers:
+        reader.end()
 
 
 class _Reader:
@@ -85,10 +82,10 @@ class _Reader:
             self.process.start()
 
     def send(self, pickled: bytes) -> None:
-        """Sends ``read`` first, and then shares; does not wait for a read.
+        """Sends what the process takes, ``read`` and then shares, without waiting for it to read them.
 
         By value: ``Connection.send`` makes tensors wait in this process's files, which stay open where the reader ends
-        before. Not as an argument: where the reader ends before it takes all of one, a start waits for ever.
+        before. ``read`` is no argument of the process: where that ends before it takes all, a start waits for ever.
         """
         with contextlib.suppress(ConnectionError):  # ``answer`` tells that it has ended
             self.connection.send_bytes(pickled)
@@ -100,7 +97,7 @@ class _Reader:
                 told = f"a process that reads data took more than {TIMEOUT_S} s for a share of a batch"
                 raise DataError(f"{told}: look at its storage, or use more --data.workers")
             made = self.connection.recv()
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, RuntimeError) as error:
             raise DataError(self.tell_end(error)) from error
         if isinstance(made, _Failed):
             raise made.error from RuntimeError(made.stack)
@@ -111,7 +108,7 @@ class _Reader:
         self.process.join(1)
         code = self.process.exitcode
         if code is None:
-            return f"what a process that reads data sent did not arrive ({error or type(error).__name__})"
+            return f"what a process that reads data sent did not arrive ({_words(error)}): {SCARCE}"
         if code >= 0:
             return f"a process that reads data ended with code {code} (what it said, if anything, stands above)"
         names: dict[int, str] = {number: number.name for number in signal.Signals}
@@ -151,20 +148,26 @@ def _serve(connection: Connection) -> None:
 
 
 def _receive(connection: Connection, sent: queue.SimpleQueue[bytes]) -> None:
-    """Takes shares while others are read, so that the trainer never waits as it asks; ends the process after it."""
-    with contextlib.suppress(OSError, EOFError):
+    """Takes shares while others are read, so that the trainer does not wait as it asks; ends the process after it."""
+    try:
         while True:
             sent.put(connection.recv_bytes())
-    os._exit(1)
+    finally:
+        os._exit(1)
 
 
 def _answer(read: Callable[[Any], Any], share: bytes) -> memoryview:
     """What a share came to, pickled; tensors as files in memory, which the trainer opens."""
     try:
-        return ForkingPickler.dumps(read(pickle.loads(share)))
+        made = read(pickle.loads(share))
     except Exception as error:
-        stack = f"in a process that reads data:\n{traceback.format_exc()}"
-        return ForkingPickler.dumps(_Failed(_picklable(error), stack))
+        made = _Failed(_picklable(error), f"in a process that reads data:\n{traceback.format_exc()}")
+    try:
+        return ForkingPickler.dumps(made)
+    except Exception as error:
+        told = f"what a process that reads data has read cannot be sent ({_words(error)})"
+        helps = f": {SCARCE}" if isinstance(error, (OSError, RuntimeError)) else ""
+        return ForkingPickler.dumps(_Failed(DataError(told + helps), traceback.format_exc()))
 
 
 def _picklable(error: Exception) -> Exception:
@@ -172,4 +175,8 @@ def _picklable(error: Exception) -> Exception:
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        return RuntimeError(_words(error))
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
