@@ -55,7 +55,8 @@ def pid_of(rank, launcher, job):
 def marked(job):
     """The environment of a job; nothing of it is left behind."""
     try:
-        yield os.environ | {"ODIT_JOB": str(job), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "200"}
+        settings = {"ODIT_JOB": str(job), "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        yield os.environ | settings | {"GLOO_SOCKET_IFNAME": "lo"}
     finally:
         for pid in processes(job):
             with suppress(ProcessLookupError):
@@ -86,6 +87,13 @@ def torchrun(tmp_path, *args, world=4, device="cpu", script=("experiments/train.
         assert launcher.poll() is None and metrics.exists(), log.read_text()
         try:
             yield launcher, log
+        except AssertionError:  # shows where those are that are left
+            for pid in set(processes(tmp_path)) - {launcher.pid}:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGABRT)
+                time.sleep(1)
+            print(log.read_text())
+            raise
         finally:
             launcher.kill()
             launcher.wait()
