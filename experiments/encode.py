@@ -178,8 +178,7 @@ def encode(job: Job, rank: int = 0, world: int = 1) -> None:
 def read(job: Job, shards: list[int]) -> Iterator[latents.Part]:
     """Batches of these shards, read ahead where workers do."""
     batches = [ids for shard in shards for ids in job.ids(shard).split(job.args.batch)]
-    reader, workers = functools.partial(latents.read_part, job.dataset), job.args.data.workers
-    yield from ahead.read_ahead(reader, batches, workers) if workers else map(reader, batches)
+    return ahead.read_ahead(functools.partial(latents.read_part, job.dataset), batches, job.args.data.workers)
 
 
 def encode_part(job: Job, part: latents.Part) -> tuple[dict[str, Tensor] | None, list[tuple[int, str, str]]]:

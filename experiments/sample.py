@@ -24,7 +24,7 @@ from odit.config_json import to_json
 from odit.encoders import config as frozen
 from odit.parallel import mesh as meshes
 from odit.source import Foreign, Source
-from odit.storage import share, try_writing, writing
+from odit.storage import set_usual_mode, try_writing, whole, writing
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,9 @@ def write(args: Sample, composed: plan.Plan, shown: dict[str, list], pictures) -
         from safetensors.torch import save_file
 
         labels = {"labels": torch.tensor(shown["labels"])} if "labels" in shown else {}
-        with writing(args.tensors, pictures.nbytes):
-            save_file({"samples": pictures.contiguous(), **labels}, args.tensors)
-            share(args.tensors)
+        with writing(args.tensors, pictures.nbytes), whole(args.tensors) as temporary:
+            save_file({"samples": pictures.contiguous(), **labels}, temporary)
+            set_usual_mode(temporary)
 
 
 def cli() -> None:

@@ -140,7 +140,7 @@ def remove_tree(path: Path, disk: Disk = DISK) -> None:
     disk.remove_folder(path)
 
 
-def share(path: Path) -> None:
+def set_usual_mode(path: Path) -> None:
     """Gives a file the mode of any new one; safetensors' library and temporary files are for their user alone."""
     os.chmod(path, 0o666 & ~UMASK)
 

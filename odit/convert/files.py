@@ -16,7 +16,7 @@ from torch import Tensor
 from odit.convert.diffusers import from_diffusers, to_diffusers, trim_labels
 from odit.convert.latte import TEXT_LENGTH, from_diffusers_latte, to_diffusers_latte
 from odit.models.config import Config, Shape
-from odit.storage import share, whole, writing
+from odit.storage import set_usual_mode, whole, writing
 
 CONFIG, WEIGHTS, INDEX = "config.json", "diffusion_pytorch_model", "model_index.json"
 
@@ -93,7 +93,7 @@ def save_diffusers(
     weights, metadata = folder / f"{WEIGHTS}.safetensors", {"format": "pt"}
     with writing(weights, _size(state)), whole(weights) as temporary:
         safetensors.torch.save_file(state, temporary, metadata)
-        share(temporary)
+        set_usual_mode(temporary)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     with writing(folder / CONFIG, len(text)), whole(folder / CONFIG) as temporary:
         temporary.write_text(text)

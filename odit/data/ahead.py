@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from odit.data import children, decoding
+from odit.data import children
 from odit.data.dataset import DataError
 
 AHEAD = 2  # shares that each process has or has read before they are due
@@ -36,9 +36,12 @@ SCARCE = "with too little shared memory (/dev/shm) or too few open files (ulimit
 def read_ahead(read: Callable[[Any], Any], shares: Iterable[Any], workers: int) -> Iterator[Any]:
     """Yields what ``read``, picklable, makes of each share, in their order, by ``workers`` processes that run ahead.
 
-    What ``read`` raises is raised here, where its share is due, and DataError where a process ended or takes more than
-    ``TIMEOUT_S``. Closing the iterator ends its processes.
+    Without workers it reads in this process, when asked. What ``read`` raises is raised here, where its share is due,
+    and DataError where a process ended or takes more than ``TIMEOUT_S``. Closing the iterator ends its processes.
     """
+    if workers == 0:
+        yield from map(read, shares)
+        return
     pickled = pickle.dumps(read)
     readers = [_Reader() for _ in range(workers)]
     # The latest as Python ends, which would wait for processes that are busy; once, and not in a fork of this process.
@@ -135,9 +138,6 @@ class _Failed(NamedTuple):
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)  # the others are other readers' and the trainer's
-    parent = multiprocessing.parent_process()
-    assert parent is not None and parent.pid is not None
-    decoding.end_with_parent(parent.pid)
     sent: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, sent), daemon=True).start()
     read = pickle.loads(sent.get())
@@ -148,7 +148,10 @@ def _serve(connection: Connection) -> None:
 
 
 def _receive(connection: Connection, sent: queue.SimpleQueue[bytes]) -> None:
-    """Takes shares while others are read, so that the trainer does not wait as it asks; ends the process after it."""
+    """Takes what is sent while shares are read, so that the trainer need not wait as it asks.
+
+    Nothing comes any more where the trainer has ended, or closed its side: then this process ends too, at once.
+    """
     try:
         while True:
             sent.put(connection.recv_bytes())

@@ -193,7 +193,7 @@ class Bucketed:
         """Looks at every sample's header; raises DataError where more cannot be read than ``bad_budget`` allows."""
         self.buckets, self.num = buckets, [len(dataset.train_ids), len(dataset.held_out_ids)]
         self.assignment = assign(dataset.sizes(), buckets, interval)
-        self.bad = _check_readable(dataset, self.assignment, bad_budget)
+        self.bad = _unreadable(dataset, self.assignment, bad_budget)
         self.train_ids, self.held_out_ids = (
             ids[self.assignment.bucket_N[ids] >= 0] for ids in (dataset.train_ids, dataset.held_out_ids)
         )
@@ -230,9 +230,9 @@ class Bucketed:
         return [*lines, f"validation: {_count(len(self.held_out_ids), 'sample')}, bucket by bucket{told}"]
 
 
-def _check_readable(dataset: Sized, assignment: Assignment, bad_budget: float) -> dict[str, str]:
-    """What the loader asks of samples as it reads them, of all of them at once; {path: reason} of the first ``NAMED``
-    that cannot be read."""
+def _unreadable(dataset: Sized, assignment: Assignment, bad_budget: float) -> dict[str, str]:
+    """{path: reason} of the first ``NAMED`` samples that cannot be read; raises DataError, with all of them, where they
+    are more than ``bad_budget`` allows, as the loader does of those that it has read."""
     ids = torch.nonzero(assignment.reason_N == UNREADABLE).flatten().tolist()
     too_many = loader.over_budget(len(ids), len(assignment.reason_N), bad_budget)
     bad = {}

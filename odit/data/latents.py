@@ -27,7 +27,7 @@ from torch import Tensor
 from odit import random, tree
 from odit.data import loader
 from odit.data.dataset import READ_KEY, BadSample, DataError, Dataset, sample_ids, split
-from odit.storage import share, writing
+from odit.storage import set_usual_mode, writing
 
 FORMAT = 1
 INDEX, SETTINGS, NULL = "index.json", "settings.json", "null.safetensors"
@@ -360,7 +360,7 @@ def _whole(path: Path, needed: int) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-            share(temporary)
+            set_usual_mode(temporary)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

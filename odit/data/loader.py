@@ -149,7 +149,7 @@ def _batches(parts, key, shares, workers, flip, bad_budget, on_bad) -> Iterator[
     num_read, num_train = 0, sum(len(part.train_ids) for part in parts)
     read = functools.partial(_read_of, parts, key)
     shares = ((k, ids_B.clone()) for k, ids_B in shares)  # a view is pickled with all that it is a view of
-    for reading in map(read, shares) if workers == 0 else ahead.read_ahead(read, shares, workers):
+    for reading in ahead.read_ahead(read, shares, workers):
         for path, reason in reading.bad:
             if path not in bad:
                 bad[path] = reason
