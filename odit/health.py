@@ -7,6 +7,7 @@ Ranks of one job end together: each watches the others (peers.py), and is ended 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -29,7 +30,7 @@ CONFIG, CHECKPOINT, DATA, NUMERIC, STORAGE, DISTRIBUTED, STOPPED = 2, 3, 4, 5, 6
 
 AGAIN_S = 1.0  # a signal that comes sooner is the first one twice: to the terminal's group, and from the launcher
 
-TELL_S = 5.0  # what storage has to take an exit code, and a pipe the last words
+TELL_S = 3.0  # what storage and pipes have, all of them together, to take the last words of a process
 
 
 class CheckpointError(ValueError):
@@ -90,16 +91,13 @@ class Exit:
     """``exit/00000.json`` under a run's folder: this rank's own exit code and reason, as torchrun returns 1 for any."""
 
     path: Path | None = None
-    taking = threading.RLock()  # the path, by a rank's threads, each of which then ends the process
-    told = threading.Event()
-    told.set()
 
     @classmethod
     def keep(cls, out: Path, rank: int, world: int = 1) -> None:
         """From now on this process tells its end there; what earlier ones told goes, of ranks that are no more too."""
         with storage.writing(out / "exit", 0):
             storage.make_folders(out / "exit")
-            cls.path, cls.told = out / "exit" / f"{rank:05d}.json", threading.Event()
+            cls.path = out / "exit" / f"{rank:05d}.json"
             cls.path.unlink(missing_ok=True)
             for path in (out / "exit").glob("*.json") if rank == 0 else ():
                 if path.name >= f"{world:05d}.json":
@@ -107,20 +105,16 @@ class Exit:
 
     @classmethod
     def tell(cls, code: int, reason: str = "") -> None:
-        """Writes it, once; that, and who comes later, takes ``TELL_S`` at most: storage may hang. Where it fails nobody
-        is told, as there is no place to."""
-        with cls.taking:
+        """Says it there, once. Where that fails nobody is told, as there is no place to."""
+        with _saying:
             path, cls.path = cls.path, None
-        if path is not None:
-            told = {"code": code, "reason": reason}
-            threading.Thread(target=cls._write, args=(path, told, cls.told), daemon=True).start()
-        cls.told.wait(TELL_S)
+            if path is not None:
+                say(cls._write, path, {"code": code, "reason": reason})
 
     @staticmethod
-    def _write(path: Path, told: dict[str, Any], done: threading.Event) -> None:
-        with contextlib.suppress(Exception):
-            storage.write_json(path, told)
-        done.set()
+    def _write(path: Path, told: dict[str, Any]) -> None:
+        with storage.whole(path, sync=False) as temporary:  # an end does not wait for the disk
+            temporary.write_text(json.dumps(told, indent=2) + "\n")
 
 
 def first_bad(named: tree.Tree) -> str | None:
@@ -136,10 +130,11 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         Exit.tell(0)
+        heard()
     except Stopped as error:
         Exit.tell(STOPPED, str(error))
         if str(error):
-            briefly(print, error)
+            say(print, error, flush=True)
         leave(STOPPED)
     except Exception as error:
         code, words = exit_code(error), f"error: {sentence(error)}"
@@ -147,8 +142,9 @@ def run(main: Callable[[], None]) -> None:
         told = code is not None and "ODIT_TRACEBACK" not in os.environ
         if _is_rank():
             # another rank's bar may stand on this line
-            briefly(*((print, f"\n{words}") if told else (traceback.print_exception, error)), file=sys.stderr)
+            say(*((print, f"\n{words}") if told else (traceback.print_exception, error)), file=sys.stderr)
             leave(code or 1)
+        heard()
         if not told:
             raise
         print(words, file=sys.stderr)
@@ -175,28 +171,45 @@ def exit_code(error: Exception) -> int | None:
     return next((code for kind, code in kinds if isinstance(error, kind)), None)
 
 
-def leave(code: int) -> None:
-    """Ends this process here, whatever storage and pipes do: the way through destructors may wait for ranks that are
-    gone."""
-    try:
-        Exit.tell(code)
-        for stream in (sys.stdout, sys.stderr):
-            briefly(print, end="", file=stream, flush=True)
-    finally:
-        os._exit(code)
+def say(fn: Callable, *args: Any, **settings: Any) -> None:
+    """Calls ``fn`` in a thread and lets its errors pass; ``heard`` waits for it.
 
-
-def briefly(fn: Callable, *args: Any, **settings: Any) -> None:
-    """Calls ``fn`` in a thread, waits ``TELL_S`` and lets its errors pass: a pipe may have lost its reader, or be full
-    before one that does not read."""
+    For last words: storage may hang, and a pipe may have lost its reader, or be full before one that does not read.
+    """
 
     def call() -> None:
         with contextlib.suppress(Exception):
             fn(*args, **settings)
 
     thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(TELL_S)
+    with _saying:
+        thread.start()
+        _said.append(thread)
+
+
+_said: list[threading.Thread] = []
+_saying = threading.RLock()  # several threads of a rank may end it at once, and a signal one of them
+
+
+def heard() -> None:
+    """Waits until all that was said has been taken, ``TELL_S`` at most."""
+    until = time.monotonic() + TELL_S
+    with _saying:
+        said = list(_said)
+    for thread in said:
+        thread.join(max(0.0, until - time.monotonic()))
+
+
+def leave(code: int) -> None:
+    """Ends this process here, whatever storage and pipes do: the way through destructors may wait for ranks that are
+    gone."""
+    try:
+        Exit.tell(code)
+        for stream in (sys.stdout, sys.stderr):
+            say(stream.flush)
+        heard()
+    finally:
+        os._exit(code)
 
 
 def _is_rank() -> bool:

@@ -169,7 +169,7 @@ class Watch:
         for turn in range(3):
             if store.add(f"turn/{turn}", 1) == 1:
                 told = call_roll(store, self.rank, self.world, told)
-                health.briefly(print, f"\nerror: {told}", file=sys.stderr, flush=True)
+                health.say(print, f"\nerror: {told}", file=sys.stderr, flush=True)
                 store.set("told", told)
             if meshes.wait_for(store, "told", ROLL_CALL_S + 1):
                 told = store.get("told").decode()

@@ -37,6 +37,19 @@ def slow(seconds):
     storage.Disk.create = late
 
 
+def stuck(step):
+    """Storage takes nothing any more once this step's save has made its folder."""
+    make = storage.Disk.make_folder
+
+    def last(disk, path):
+        make(disk, path)
+        if path.name.startswith(f".step_{int(step):08d}"):
+            for name in ("create", "write", "sync", "sync_path", "make_folder", "rename", "remove", "remove_folder"):
+                setattr(storage.Disk, name, lambda *args: time.sleep(1000))
+
+    storage.Disk.make_folder = last
+
+
 def validating(seconds):
     """Validation takes its time on all ranks."""
     whole = train_script.validate.validate
@@ -49,5 +62,5 @@ def validating(seconds):
 
 
 fault, value = sys.argv.pop(1).split("=")
-{"nan": nan, "slow": slow, "validating": validating}[fault](value)
+{"nan": nan, "slow": slow, "stuck": stuck, "validating": validating}[fault](value)
 health.run(train_script.cli)

@@ -120,7 +120,7 @@ def test_a_rank_that_was_asked_to_stop_takes_the_launchers_end_for_no_second_sig
 # --------------------------------------------------------------------------------- storage and pipes that take no words
 
 HINDERED = """
-import os, sys, threading, time
+import os, signal, sys, threading, time
 from pathlib import Path
 import torch.distributed as dist
 from odit import health, peers, storage
@@ -154,11 +154,16 @@ def call_the_roll():
 
 def run(out, case):
     health.Exit.keep(out, 0)
-    if case == "storage hangs":
-        storage.Disk.sync = hang
-    else:
-        pipe(sys.stderr if "stderr" in case else sys.stdout, "full" in case)
+    if "storage" in case:
+        storage.Disk.rename = hang
+    if "stdout" in case:
+        pipe(sys.stdout, "full" in case)
         print("words on their way")
+    if "stderr" in case:
+        pipe(sys.stderr, "full" in case)
+    if "all" in case:
+        health.TELL_S = 2.0
+        signal.alarm(4)  # they wait together
     if "stopped" in case:
         health.run(lambda: fail(health.Stopped("why")))
     elif "refused" in case:
@@ -173,6 +178,7 @@ def run(out, case):
 def test_a_process_ends_whatever_storage_and_pipes_do(tmp_path):
     ends = {
         "storage hangs": (7, None),
+        "storage hangs, stdout and stderr are full: all": (7, None),
         "no reader of stdout": (7, ""),
         "stdout is full": (7, ""),
         "no reader of stderr": (7, "why on rank 0"),

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,6 +27,18 @@ SMALL = ["--model.width", "32", "--model.depth", "2", "--model.heads", "2", "--g
 
 
 # -------------------------------------------------------------------------------- processes that a test starts and ends
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """In memory, where there is such a place: a process that the disk of a busy machine holds in the kernel (10 s were
+    seen) ends after that, whatever ended it."""
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix=f"{tmp_path.name}-", dir=shared, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def processes(job):
@@ -261,10 +274,9 @@ SAVING = ("--no-progress", "--steps", "100000", "--checkpoint-every", "5", "--ch
 
 
 @contextmanager
-def while_saving(tmp_path, step, seconds):
-    """A job of two ranks, whose storage takes ``seconds`` a file, while it saves a step: (launcher, log file)."""
-    fault = ("tests/faulty.py", f"slow={seconds}")
-    with torchrun(tmp_path, *SAVING, world=2, script=fault) as (launcher, log):
+def while_saving(tmp_path, step, fault):
+    """A job of two ranks with a fault of faulty.py while it saves a step: (launcher, log file)."""
+    with torchrun(tmp_path, *SAVING, world=2, script=("tests/faulty.py", fault)) as (launcher, log):
         hidden = tmp_path / "run" / "checkpoints" / f".step_{step:08d}.tmp"
         assert wait_until(hidden.exists, START_S), log.read_text()
         yield launcher, log
@@ -273,7 +285,7 @@ def while_saving(tmp_path, step, seconds):
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["launcher", "rank"])
 def test_a_signal_during_a_save_leaves_that_one_and_the_last(tmp_path, whom):
-    with while_saving(tmp_path, 5, 1) as (launcher, log):
+    with while_saving(tmp_path, 5, "slow=1") as (launcher, log):
         rank = pid_of(1, launcher, tmp_path)
         os.kill({"launcher": launcher.pid, "rank": rank}[whom], signal.SIGTERM)
         assert launcher.wait(3 * END_S) != 0
@@ -288,7 +300,7 @@ def test_a_signal_during_a_save_leaves_that_one_and_the_last(tmp_path, whom):
 
 @pytest.mark.parametrize("whom", ["rank", pytest.param("launcher", marks=pytest.mark.slow)])
 def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, whom):
-    with while_saving(tmp_path, 10, 2) as (launcher, _):
+    with while_saving(tmp_path, 10, "slow=2") as (launcher, _):
         rank = pid_of(1, launcher, tmp_path)
         killed = time.monotonic()
         os.kill({"launcher": launcher.pid, "rank": rank}[whom], signal.SIGKILL)
@@ -297,6 +309,18 @@ def test_a_kill_during_a_save_leaves_the_one_before(tmp_path, whom):
     out = tmp_path / "run"
     assert checkpoint.steps(out) == [5] and checkpoint.find("latest", out) == saving.folder_of(out, 5)
     checkpoint.verify(saving.folder_of(out, 5))
+
+
+def test_a_kill_while_storage_hangs_ends_the_job(tmp_path):
+    """Nothing can be written any more, not how a rank ended either."""
+    with while_saving(tmp_path, 5, "stuck=5") as (launcher, log):
+        killed = time.monotonic()
+        os.kill(pid_of(1, launcher, tmp_path), signal.SIGKILL)
+        assert launcher.wait(END_S) != 0
+        assert wait_until(lambda: not processes(tmp_path), END_S - (time.monotonic() - killed)), processes(tmp_path)
+    (line,) = errors([log.read_text()])
+    assert "rank 1 of 2 does not answer" in line
+    assert checkpoint.steps(tmp_path / "run") == [] and not list((tmp_path / "run" / "exit").glob("*.json"))
 
 
 # ------------------------------------------------------------------------------------------------------- bad numbers
@@ -367,6 +391,7 @@ def main():
     with peers.Watch(meshes.store(), rank, world) as watch:
         mesh = meshes.make_mesh(world, rank, None, 1)
         meshes.warm_up(mesh)
+        watch.patience_s = float(os.environ.get("STEPS_PATIENCE_S", watch.patience_s))
         for step in range(1000):
             watch.beat()
             if step == 3 and str(rank) in does:
@@ -401,7 +426,7 @@ def test_an_error_of_one_rank_ends_the_others(steps):
 
 
 def test_a_rank_that_hangs_ends_the_job_and_is_named(steps):
-    codes, texts = steps(3, "1=sleep", "2=stop", ODIT_TIMEOUT_S="2.5")
+    codes, texts = steps(3, "1=sleep", "2=stop", STEPS_PATIENCE_S="2.5")
     assert codes == [7, 7, None], texts
     (line,) = errors(texts)
     pattern = r"error: no step in 2.5 s on rank [01]: rank 2 of 3 does not answer, rank 0 is in step_together "
@@ -698,19 +723,20 @@ def test_a_signal_leaves_one_checkpoint_and_its_own_code(tmp_path, whom):
 
 def test_who_ends_a_process_waits_for_the_one_that_tells_its_end(tmp_path, monkeypatch):
     """Two threads of a rank may find out at once that others are lost."""
-    begun, write = threading.Event(), health.storage.write_json
+    begun, whole = threading.Event(), health.storage.whole
 
-    def late(*args):
+    def late(*args, **settings):
         begun.set()
         time.sleep(0.3)
-        write(*args)
+        return whole(*args, **settings)
 
-    monkeypatch.setattr(health.storage, "write_json", late)
+    monkeypatch.setattr(health.storage, "whole", late)
     health.Exit.keep(tmp_path, 0)
     first = threading.Thread(target=health.Exit.tell, args=(7, "why"))
     first.start()
     assert begun.wait(5)
     health.Exit.tell(7)
+    health.heard()
     assert exits(tmp_path) == [{"code": 7, "reason": "why"}]
     first.join()
 
@@ -720,11 +746,14 @@ def test_ranks_that_are_no_more_tell_nothing(tmp_path):
     for rank in range(2):
         health.Exit.keep(tmp_path, rank, 2)
         health.Exit.tell(75)
+        health.heard()
     health.Exit.keep(tmp_path, 1, 2)
     assert [path.name for path in (tmp_path / "exit").iterdir()] == ["00000.json"]
     health.Exit.tell(75)
+    health.heard()
     health.Exit.keep(tmp_path, 0, 1)
     health.Exit.tell(0)
+    health.heard()
     assert exits(tmp_path) == [{"code": 0, "reason": ""}]
 
 
