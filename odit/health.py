@@ -31,6 +31,7 @@ CONFIG, CHECKPOINT, DATA, NUMERIC, STORAGE, DISTRIBUTED, STOPPED = 2, 3, 4, 5, 6
 AGAIN_S = 1.0  # a signal that comes sooner is the first one twice: to the terminal's group, and from the launcher
 
 TELL_S = 3.0  # what storage and pipes have, all of them together, to take the last words of a process
+_said: list[threading.Event] = []  # the last words, each set once it is taken
 
 
 class CheckpointError(ValueError):
@@ -91,6 +92,7 @@ class Exit:
     """``exit/00000.json`` under a run's folder: this rank's own exit code and reason, as torchrun returns 1 for any."""
 
     path: Path | None = None
+    taking = threading.RLock()  # the path, by a rank's threads, each of which then ends the process
 
     @classmethod
     def keep(cls, out: Path, rank: int, world: int = 1) -> None:
@@ -106,15 +108,16 @@ class Exit:
     @classmethod
     def tell(cls, code: int, reason: str = "") -> None:
         """Says it there, once. Where that fails nobody is told, as there is no place to."""
-        with _saying:
+        taken = _expected()  # before the path is taken: who finds that gone waits for this
+        with cls.taking:
             path, cls.path = cls.path, None
-            if path is not None:
-                say(cls._write, path, {"code": code, "reason": reason})
+        _begin(taken, cls._write, path, {"code": code, "reason": reason})
 
     @staticmethod
-    def _write(path: Path, told: dict[str, Any]) -> None:
-        with storage.whole(path, sync=False) as temporary:  # an end does not wait for the disk
-            temporary.write_text(json.dumps(told, indent=2) + "\n")
+    def _write(path: Path | None, told: dict[str, Any]) -> None:
+        if path is not None:
+            with storage.whole(path, sync=False) as temporary:  # an end does not wait for the disk
+                temporary.write_text(json.dumps(told, indent=2) + "\n")
 
 
 def first_bad(named: tree.Tree) -> str | None:
@@ -142,7 +145,8 @@ def run(main: Callable[[], None]) -> None:
         told = code is not None and "ODIT_TRACEBACK" not in os.environ
         if _is_rank():
             # another rank's bar may stand on this line
-            say(*((print, f"\n{words}") if told else (traceback.print_exception, error)), file=sys.stderr)
+            text = f"\n{words}" if told else "".join(traceback.format_exception(error))
+            say(print, text, file=sys.stderr, flush=True)
             leave(code or 1)
         heard()
         if not told:
@@ -177,27 +181,32 @@ def say(fn: Callable, *args: Any, **settings: Any) -> None:
     For last words: storage may hang, and a pipe may have lost its reader, or be full before one that does not read.
     """
 
+    _begin(_expected(), fn, *args, **settings)
+
+
+def _expected() -> threading.Event:
+    taken = threading.Event()
+    _said.append(taken)
+    return taken
+
+
+def _begin(taken: threading.Event, fn: Callable, *args: Any, **settings: Any) -> None:
     def call() -> None:
         with contextlib.suppress(Exception):
             fn(*args, **settings)
+        taken.set()
 
-    thread = threading.Thread(target=call, daemon=True)
-    with _saying:
-        thread.start()
-        _said.append(thread)
-
-
-_said: list[threading.Thread] = []
-_saying = threading.RLock()  # several threads of a rank may end it at once, and a signal one of them
+    try:
+        threading.Thread(target=call, daemon=True).start()
+    except RuntimeError:  # the system has no more of them: the other words are waited for
+        taken.set()
 
 
 def heard() -> None:
     """Waits until all that was said has been taken, ``TELL_S`` at most."""
     until = time.monotonic() + TELL_S
-    with _saying:
-        said = list(_said)
-    for thread in said:
-        thread.join(max(0.0, until - time.monotonic()))
+    for taken in list(_said):
+        taken.wait(max(0.0, until - time.monotonic()))
 
 
 def leave(code: int) -> None:
@@ -206,7 +215,7 @@ def leave(code: int) -> None:
     try:
         Exit.tell(code)
         for stream in (sys.stdout, sys.stderr):
-            say(stream.flush)
+            say(print, end="", file=stream, flush=True)
         heard()
     finally:
         os._exit(code)

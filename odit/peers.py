@@ -179,7 +179,7 @@ class Watch:
 
 
 class _Others:
-    """The processes of the other ranks that this rank's launcher started."""
+    """The processes of other ranks, as far as this machine knows them."""
 
     def __init__(self, ranks: list[int]):
         self.ranks, self.names, self.ended = ranks, {}, {}
@@ -188,14 +188,16 @@ class _Others:
         """The ranks that have ended without leaving a watch's block: at once where something killed them, after
         ``WORDS_S`` where an error of their own did, which others may be about to raise too."""
         now, found = time.monotonic(), set()
-        for rank in self.ranks:
-            if self._lives(store, rank):
-                continue
+        for rank in self.dead(store):
             left = self._left(store, rank)
             since = self.ended.setdefault(rank, now)
             if left is None or (left == "error" and now - since > WORDS_S):
                 found.add(rank)
         return found
+
+    def dead(self, store: Any) -> set[int]:
+        """The ranks whose process has ended, however it did."""
+        return {rank for rank in self.ranks if not self._lives(store, rank)}
 
     def _lives(self, store: Any, rank: int) -> bool:
         """By its name, for which the store is asked until it is there."""
@@ -214,14 +216,21 @@ class _Others:
 
 
 def call_roll(store: Any, rank: int, world: int, reason: str) -> str:
-    """Asks all ranks where they are; the sentence that says who does not answer and where the others are."""
-    for other in set(range(world)) - {rank}:
+    """Asks all ranks where they are; the sentence that says who does not answer and where the others are.
+
+    Waits for nobody whose process is known to have ended.
+    """
+    others = [r for r in range(world) if r != rank]
+    for other in others:
         store.set(f"called/{other}", "")
-    until, found = time.monotonic() + ROLL_CALL_S, {}
-    while len(found) < world and time.monotonic() < until:
-        time.sleep(0.05)
+    processes, until, found = _Others(others), time.monotonic() + ROLL_CALL_S, {}
+    while True:
+        dead = processes.dead(store)  # before the answers: who gave one and ended has given it
         new = [r for r in range(world) if r not in found and store.check([f"at/{r}"])]
         found |= {r: store.get(f"at/{r}").decode() for r in new}
+        if len(found.keys() | dead) == world or time.monotonic() >= until:
+            break
+        time.sleep(0.05)
     places: dict[str, list[int]] = {}
     for r in sorted(found):
         places.setdefault(found[r], []).append(r)

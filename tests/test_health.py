@@ -5,15 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import conftest
 import pytest
 import torch.distributed as dist
 from test_processes import SMALL, errors, exits, in_threads, ranks_alone
 
-from odit import peers, record
+from odit import health, peers, record
 
 ROOT = Path(__file__).parent.parent
+tmp_path = conftest.in_memory  # for tests of how long an end takes
 END_S = 60  # what a process that ends may take on a busy machine, its start included
 
 
@@ -156,7 +160,10 @@ def run(out, case):
     health.Exit.keep(out, 0)
     if "storage" in case:
         storage.Disk.rename = hang
-    if "stdout" in case:
+    if case == "no stdout":
+        sys.stdout.close()
+        sys.stdout = None
+    elif "stdout" in case:
         pipe(sys.stdout, "full" in case)
         print("words on their way")
     if "stderr" in case:
@@ -179,6 +186,7 @@ def test_a_process_ends_whatever_storage_and_pipes_do(tmp_path):
     ends = {
         "storage hangs": (7, None),
         "storage hangs, stdout and stderr are full: all": (7, None),
+        "no stdout": (7, ""),
         "no reader of stdout": (7, ""),
         "stdout is full": (7, ""),
         "no reader of stderr": (7, "why on rank 0"),
@@ -190,6 +198,20 @@ def test_a_process_ends_whatever_storage_and_pipes_do(tmp_path):
     for case, (code, reason) in ends.items():
         told = [(found["code"], found["reason"].split(":")[0]) for found in exits(tmp_path / case)]
         assert told == ([] if reason is None else [(code, reason)])
+
+
+def test_words_are_waited_for_where_the_system_has_no_thread_for_the_last_ones(tmp_path, monkeypatch, capsys):
+    def none_left(thread):
+        raise RuntimeError("can't start new thread")
+
+    health.Exit.keep(tmp_path, 0)
+    health.Exit.tell(2, "why")
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    health.say(print, "words")
+    began = time.monotonic()
+    health.heard()
+    assert exits(tmp_path) == [{"code": 2, "reason": "why"}] and not capsys.readouterr().out
+    assert time.monotonic() - began < health.TELL_S
 
 
 # ------------------------------------------------------------------------------------------------ a folder that is used

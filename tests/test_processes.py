@@ -6,12 +6,12 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import conftest
 import graphed
 import pytest
 import torch
@@ -29,16 +29,7 @@ SMALL = ["--model.width", "32", "--model.depth", "2", "--model.heads", "2", "--g
 # -------------------------------------------------------------------------------- processes that a test starts and ends
 
 
-@pytest.fixture
-def tmp_path(tmp_path):
-    """In memory, where there is such a place: a process that the disk of a busy machine holds in the kernel (10 s were
-    seen) ends after that, whatever ended it."""
-    shared = Path("/dev/shm")
-    if not os.access(shared, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(prefix=f"{tmp_path.name}-", dir=shared, ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+tmp_path = conftest.in_memory  # for tests of how long an end takes
 
 
 def processes(job):
@@ -100,7 +91,7 @@ def torchrun(tmp_path, *args, world=4, device="cpu", script=("experiments/train.
         assert launcher.poll() is None and metrics.exists(), log.read_text()
         try:
             yield launcher, log
-        except AssertionError:  # shows where those are that are left
+        except (AssertionError, subprocess.TimeoutExpired):  # shows where those are that are left
             for pid in set(processes(tmp_path)) - {launcher.pid}:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGABRT)
@@ -627,6 +618,18 @@ def test_one_rank_calls_the_roll_and_the_odd_ones_come_first(monkeypatch):
     assert all(store.check([f"called/{rank}"]) for rank in (1, 2, 3, 4)) and not store.check(["called/0"])
 
 
+def test_a_roll_call_waits_for_no_process_that_has_ended(monkeypatch):
+    monkeypatch.setattr(peers, "ROLL_CALL_S", 60.0)
+    ended = subprocess.Popen(["true"])
+    store, process = dist.HashStore(), meshes.process().split()
+    store.set("process/1", " ".join([*process[:2], str(ended.pid), "1"]))
+    ended.wait()
+    store.set("at/0", "a")
+    began = time.monotonic()
+    assert peers.call_roll(store, 0, 2, "why") == "why: rank 1 of 2 does not answer, rank 0 is in a"
+    assert time.monotonic() - began < 10
+
+
 def test_another_rank_calls_the_roll_where_the_first_is_ended_over_it(monkeypatch, capsys):
     monkeypatch.setattr(peers, "ROLL_CALL_S", 0.1)
     codes = []
@@ -635,6 +638,7 @@ def test_another_rank_calls_the_roll_where_the_first_is_ended_over_it(monkeypatc
     assert store.add("turn/0", 1) == 1
     store.set("reason", "why on rank 0")
     peers.Watch(store, 1, 2)._take_part(store)
+    health.heard()
     said = r"\nerror: why on rank 0: rank 0 of 2 does not answer, rank 1 is in _take_part \(peers.py:\d+\)\n"
     assert codes == [7] and re.fullmatch(said, capsys.readouterr().err)
 
