@@ -135,24 +135,29 @@ def run(main: Callable[[], None]) -> None:
         Exit.tell(0)
         heard()
     except Stopped as error:
-        Exit.tell(STOPPED, str(error))
         if str(error):
             say(print, error, flush=True)
+        Exit.tell(STOPPED, str(error))
         leave(STOPPED)
     except Exception as error:
-        code, words = exit_code(error), f"error: {sentence(error)}"
-        Exit.tell(code or 1, sentence(error))
-        told = code is not None and "ODIT_TRACEBACK" not in os.environ
+        code = exit_code(error)
+        brief = code is not None and "ODIT_TRACEBACK" not in os.environ
         if _is_rank():
-            # another rank's bar may stand on this line
-            text = f"\n{words}" if told else "".join(traceback.format_exception(error))
-            say(print, text, file=sys.stderr, flush=True)
+            say(_print, error, brief)
+        Exit.tell(code or 1, sentence(error))
+        if _is_rank():
             leave(code or 1)
         heard()
-        if not told:
+        if not brief:
             raise
-        print(words, file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         sys.exit(code)
+
+
+def _print(error: Exception, brief: bool) -> None:
+    """A rank's error, on a line of its own: another rank's bar may stand there. A traceback reads source files."""
+    text = f"\nerror: {sentence(error)}" if brief else "".join(traceback.format_exception(error))
+    print(text, file=sys.stderr, flush=True)
 
 
 def sentence(error: Exception) -> str:
@@ -198,8 +203,8 @@ def _begin(taken: threading.Event, fn: Callable, *args: Any, **settings: Any) ->
 
     try:
         threading.Thread(target=call, daemon=True).start()
-    except RuntimeError:  # the system has no more of them: the other words are waited for
-        taken.set()
+    except RuntimeError:  # the system has no more of them
+        call()
 
 
 def heard() -> None:

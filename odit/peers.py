@@ -140,7 +140,9 @@ class Watch:
             while not meshes.wait_for(store, f"called/{self.rank}", FOREVER_S):
                 pass
             if not self.left.is_set():
-                self._take_part(store)
+                with contextlib.suppress(RuntimeError):
+                    self._take_part(store)
+                health.leave(health.DISTRIBUTED)
 
     def _time(self, store: Any) -> None:
         others, gone = _Others(meshes.neighbours(self.rank, self.world)), set()
