@@ -143,7 +143,7 @@ def run(main: Callable[[], None]) -> None:
         code = exit_code(error)
         brief = code is not None and "ODIT_TRACEBACK" not in os.environ
         if _is_rank():
-            say(_print, error, brief)
+            say(_print_error, error, brief)
         Exit.tell(code or 1, sentence(error))
         if _is_rank():
             leave(code or 1)
@@ -154,8 +154,9 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(code)
 
 
-def _print(error: Exception, brief: bool) -> None:
-    """A rank's error, on a line of its own: another rank's bar may stand there. A traceback reads source files."""
+def _print_error(error: Exception, brief: bool) -> None:
+    """A rank's error in a line of its own, as another rank's bar may stand on this one; or, where it is not to be
+    brief, its traceback, which reads source files."""
     text = f"\nerror: {sentence(error)}" if brief else "".join(traceback.format_exception(error))
     print(text, file=sys.stderr, flush=True)
 
@@ -185,17 +186,19 @@ def say(fn: Callable, *args: Any, **settings: Any) -> None:
 
     For last words: storage may hang, and a pipe may have lost its reader, or be full before one that does not read.
     """
-
     _begin(_expected(), fn, *args, **settings)
 
 
 def _expected() -> threading.Event:
+    """What ``heard`` waits for from now on."""
     taken = threading.Event()
     _said.append(taken)
     return taken
 
 
 def _begin(taken: threading.Event, fn: Callable, *args: Any, **settings: Any) -> None:
+    """Calls ``fn`` in a thread, here where the system has no more of them, and says that what was expected is over."""
+
     def call() -> None:
         with contextlib.suppress(Exception):
             fn(*args, **settings)
@@ -203,7 +206,7 @@ def _begin(taken: threading.Event, fn: Callable, *args: Any, **settings: Any) ->
 
     try:
         threading.Thread(target=call, daemon=True).start()
-    except RuntimeError:  # the system has no more of them
+    except RuntimeError:
         call()
 
 

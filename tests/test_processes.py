@@ -630,6 +630,18 @@ def test_a_roll_call_waits_for_no_process_that_has_ended(monkeypatch):
     assert time.monotonic() - began < 10
 
 
+def test_who_answers_the_roll_and_ends_has_answered(monkeypatch):
+    store = dist.HashStore()
+
+    def answers_and_ends(name):
+        store.set("at/1", "b")
+        return False
+
+    monkeypatch.setattr(meshes, "lives", answers_and_ends)
+    store.set("at/0", "a")
+    assert peers.call_roll(store, 0, 2, "why") == "why: rank 0 is in a, rank 1 is in b"
+
+
 def test_another_rank_calls_the_roll_where_the_first_is_ended_over_it(monkeypatch, capsys):
     monkeypatch.setattr(peers, "ROLL_CALL_S", 0.1)
     codes = []
@@ -743,6 +755,23 @@ def test_who_ends_a_process_waits_for_the_one_that_tells_its_end(tmp_path, monke
     health.heard()
     assert exits(tmp_path) == [{"code": 7, "reason": "why"}]
     first.join()
+
+
+def test_who_finds_the_end_told_has_that_to_wait_for(tmp_path, monkeypatch):
+    """From the moment at which the place to tell it is taken."""
+    waits = []
+
+    @contextmanager
+    def taking():
+        yield
+        waits.append(any(not taken.is_set() for taken in health._said))
+
+    monkeypatch.setattr(health, "_said", [])
+    health.Exit.keep(tmp_path, 0)
+    monkeypatch.setattr(health.Exit, "taking", taking())
+    health.Exit.tell(7)
+    health.heard()
+    assert waits == [True] and exits(tmp_path) == [{"code": 7, "reason": ""}]
 
 
 def test_ranks_that_are_no_more_tell_nothing(tmp_path):
