@@ -182,7 +182,7 @@ def merged(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 def adapted(ops: Ops, scale: float) -> Ops:
     """The record whose ``layers`` merges a block's weights where it runs the block; around compiled ``layers``."""
 
-    def layers(block: Callable, params: list, x: Tensor, *args: Any) -> Tensor:
+    def layers(block: Callable, params: list, x: Any, *args: Any) -> Any:
         return ops.layers(_merging(block, scale), params, x, *args)
 
     return replace(ops, layers=layers)
@@ -192,7 +192,7 @@ def adapted(ops: Ops, scale: float) -> Ops:
 def _merging(block: Callable, scale: float) -> Callable:
     """One object per block, which compiles once."""
 
-    def merging(p: dict, x: Tensor, *args: Any) -> Tensor:
+    def merging(p: dict, x: Any, *args: Any) -> Any:
         return block(merge(p, scale), x, *args)
 
     return merging

@@ -181,7 +181,10 @@ def on_meta(objective: Any) -> Any:
 def flash_on_meta(record: ops.Ops) -> ops.Ops:
     """PyTorch's attention would take its plain form on meta tensors and keep all scores; flash keeps none."""
 
-    def attend(q, k, v):
+    def attend(*qkv):
+        return ops.by_samples(flash, *qkv)
+
+    def flash(q, k, v):
         found = torch.ops.aten._scaled_dot_product_flash_attention(*(x.transpose(1, 2) for x in (q, k, v)))
         return found[0].transpose(1, 2)
 

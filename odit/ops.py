@@ -93,16 +93,28 @@ def rotate(x_BLHK: Tensor, cos_Lk: Tensor, sin_Lk: Tensor) -> Tensor:
 
 
 def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v, every query to every token of its sample; plain maths, so jvp and vmap go through."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    """softmax(q k^T / sqrt(K)) v, every query to every token of its sample; plain maths, so jvp and vmap go through.
+    Samples may have several axes: (..., L, H, K)."""
+    q, k, v = (x.transpose(-3, -2) for x in (q_BLHK, k_BLHK, v_BLHK))
     scores = at_least_fp32((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2))
-    return (torch.softmax(scores, -1).to(v.dtype) @ v).transpose(1, 2)
+    return (torch.softmax(scores, -1).to(v.dtype) @ v).transpose(-3, -2)
 
 
 def attend_sdpa(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor) -> Tensor:
     """``attend`` by PyTorch's scaled_dot_product_attention: flash kernels on GPUs, which know no jvp."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    return by_samples(_sdpa, q_BLHK, k_BLHK, v_BLHK)
+
+
+def _sdpa(*qkv_BLHK: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in qkv_BLHK)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def by_samples(attend: Callable, *qkv: Tensor) -> Tensor:
+    """``attend``, which takes (B, L, H, K), of samples that may have several axes, whatever their strides: kernels of
+    others take no view of these."""
+    samples = qkv[0].shape[:-3]
+    return attend(*(x.flatten(0, -4) for x in qkv)).unflatten(0, samples)
 
 
 def attend_lse(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,11 +237,6 @@ def switch(x_BTSD: Tensor, to: str) -> Tensor:
     return x_BTSD
 
 
-def turn(x_BTSD: Tensor) -> Tensor:
-    """Tokens of a time x space model with the other axis last but one: (B, S, T, D), contiguous."""
-    return x_BTSD.transpose(1, 2).contiguous()
-
-
 def layers(block: Callable, params: list, x: Tensor, *args) -> Tensor:
     """Runs x through ``block(p, x, *args)`` for each p of params."""
     for p in params:
@@ -255,9 +262,11 @@ class Ops:
     mlp: Callable = mlp
     leave: Callable = leave
     switch: Callable = switch
-    turn: Callable = turn
     uniform: Callable = random.uniform
     normal: Callable = random.normal
+    sums: bool = True
+    """No site: whether a block sums what it gives. Where ``layers`` and ``switch`` hand on more than one tensor it may
+    leave that to the next block's first kernel."""
 
 
 def flash() -> Ops:

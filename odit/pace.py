@@ -156,7 +156,7 @@ def _attention_s(composed: Plan, machine: Rates, capability: tuple[int, int]) ->
 
 def _passes_s(composed: Plan, machine: Rates, capability: tuple[int, int]) -> Block:
     """Tensors of the tokens' size that fused kernels read and write (kernels/, a line each), sums for biases, sums of
-    two gradients where branches meet, which L2 holds in part, q, k and v put together, turns between space and time.
+    two gradients where branches meet, which L2 holds in part, q, k and v put together.
 
     Of blocks that sum themselves: where a sum is left to the next block (``dit.Unsummed``) it is about 1 % of a step
     less."""
@@ -164,16 +164,15 @@ def _passes_s(composed: Plan, machine: Rates, capability: tuple[int, int]) -> Bl
     tokens = _tokens(composed)
     row = tokens * cfg.width * size
     wide = tokens * cfg.ffn * size  # under megatron all tokens and a part of the ffn: as many
-    turn = machine.pass_s(2 * row, "turn") if models.of(cfg).time_space(cfg, composed.shape.size) > 1 else 0.0
     # in products: one tensor more than without GELU, which is written in forward and read in backward
     into, back = (1, 1) if gelu_in_products(composed.run, composed.sequence, capability) else (2, 3)
-    forward = machine.pass_s((2 + 4 + 3) * row, "norm") + machine.pass_s(into * wide, "gelu_forward") + turn
+    forward = machine.pass_s((2 + 4 + 3) * row, "norm") + machine.pass_s(into * wide, "gelu_forward")
     sums = (3 + 1 + 1) * row * (n if composed.claimed else 1)
     entry = attended(composed.run, composed.shape, composed.sequence, capability)
     plain_qk = not cfg.qk_norm and cfg.positions != "rotary"
     packed = 0 if plain_qk and entry and entry.backend == "triton" and composed.sequence == "none" else 6
     backward = machine.pass_s((3 + 6 + 3 + MEETINGS + packed) * row, "norm") + machine.pass_s(sums, "sums")
-    return Block(forward, backward + machine.pass_s(back * wide, "gelu_backward") + turn, 0.0)
+    return Block(forward, backward + machine.pass_s(back * wide, "gelu_backward"), 0.0)
 
 
 def _ends_s(composed: Plan, machine: Rates) -> float:

@@ -134,7 +134,7 @@ class Plan:
         """The model, by the parameters and the record that ``view`` gave."""
         size = tuple(x.shape[2:])
         if size != self.shape.size:  # of another bucket
-            ops = replace(self.record(size), layers=ops.layers)
+            ops = replace(self.record(size), layers=ops.layers, sums=ops.sums)
         return models.of(self.run.model).forward(params, x, t_B, y, self.run.model, ops)
 
     @property

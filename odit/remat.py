@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from odit import tree
@@ -22,7 +21,7 @@ ATTENTION = ("attention", "attend")  # in an operator's name: PyTorch's kernels 
 def recomputing(ops: Ops) -> Ops:
     """The record whose ``layers`` hands on ``selective`` blocks; around ``compiled``, so that it is compiled too."""
 
-    def layers(block: Callable, params: list, x: Tensor, *args: Any) -> Tensor:
+    def layers(block: Callable, params: list, x: Any, *args: Any) -> Any:
         return ops.layers(selective(block), params, x, *args)
 
     return replace(ops, layers=layers)
@@ -36,7 +35,7 @@ def selective(block: Callable) -> Callable:
     channel are kept instead of 17, for a few passes over memory and no product.
     """
 
-    def run(p: tree.Tree, x: Tensor, *args: Any) -> Tensor:
+    def run(p: tree.Tree, x: Any, *args: Any) -> Any:
         if not torch.is_grad_enabled():
             return block(p, x, *args)
         return checkpoint(block, p, x, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)

@@ -1,6 +1,7 @@
 """Models of clips and captions against diffusers' Latte, against slow ones written with loops, and against what must
 hold of any of them."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -490,6 +491,27 @@ def test_modulations_by_one_product_are_those_by_one_a_block(cfg, shape):
         return
     assert found["joined"]["w"].shape == (6 * cfg.width * cfg.depth, cfg.width)
     assert not any("adaln" in path for path, _ in tree.items(found["blocks"]))
+
+
+@each_model
+def test_sums_left_to_the_next_block_change_nothing(cfg, shape):
+    """The frames' positions, which enter before the sum instead of after it, aside."""
+    params, given, calls = drawn(cfg, shape), batch(shape), collections.Counter()
+
+    def gated(*args):
+        calls["gated"] += 1
+        return ops.gated(*args)
+
+    def run(record):
+        leaves = [p.requires_grad_() for p in tree.leaves(params)]
+        out = forward(tree.unflatten(params, leaves), *given, cfg, record)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)]
+
+    found, expected = run(Ops(sums=False, gated=gated)), run(Ops())
+    crossed = cfg.depth if cfg.arch == "dit" else cfg.depth // 2  # their first sum is cross-attention's to read
+    assert calls["gated"] == (crossed if dit.crosses(cfg, shape) else 0)
+    for a, b in zip(found, expected, strict=True):
+        assert a is b is None or (a - b).norm() <= 1e-12 * max(b.norm(), 1e-9 * expected[0].norm())
 
 
 @each_model

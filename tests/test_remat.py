@@ -4,6 +4,7 @@ import collections
 import dataclasses
 
 import pytest
+import test_latte
 import torch
 from test_compile import SECONDS, compiled_steps, compiling_by
 from test_zero import KEY, assert_equals_one_rank, fp64_plan, fp64_state, three_steps, with_
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from odit import config, memory, ops, remat, train, tree
 from odit.data import loader
+from odit.kernels import fused
 from odit.models import dit
 from odit.parallel.mesh import single
 
@@ -76,6 +78,59 @@ def test_a_block_keeps_what_attention_gives_and_products():
     name = "_scaled_dot_product_flash_attention"
     assert again[name] == backward[name] == 0 and again[f"{name}_backward"] == 1
     assert again["mm"] + again["addmm"] == backward["mm"] + backward["addmm"]
+
+
+def test_blocks_that_leave_their_sums_keep_no_more():
+    """A block hands on what it would sum: its branch is kept already, x stands for the sum. All gradients as ever."""
+    _, params, x, c = block_on_meta()
+    cfg = config.presets()["dit-xl-2"][1].model
+    plain = memory.flash_on_meta(ops.flash())
+
+    def kept(record, blocks):
+        with memory.Weigh([x, c, *tree.leaves(params)]) as weigh:
+            y = record.layers(dit.make_block(cfg, record), [params] * blocks, x, c, ())
+            found = weigh.now()
+        with Counts() as counts:
+            torch.autograd.grad((y.branch if isinstance(y, tuple) else y).sum(), [x, *tree.leaves(params)])
+        return found / (2 * x.numel()), counts.calls
+
+    def a_block(sums):
+        record = remat.recomputing(dataclasses.replace(plain, sums=sums))
+        return kept(record, 4)[0] - kept(record, 3)[0]
+
+    assert a_block(True) == a_block(False) < 11.3
+    again, backward = (kept(r, 3)[1] for r in (remat.recomputing(dataclasses.replace(plain, sums=False)), plain))
+    assert again["mm"] + again["addmm"] == backward["mm"] + backward["addmm"]
+
+
+@pytest.mark.parametrize("arch", ["dit", "latte"])
+def test_gradients_of_blocks_that_leave_their_sums(arch):
+    cfg, shape = test_latte.made(arch, "zero", "labels")
+    params, given = test_latte.drawn(cfg, shape), test_latte.batch(shape)
+
+    def run(record):
+        leaves = [p.requires_grad_() for p in tree.leaves(params)]
+        out = test_latte.forward(tree.unflatten(params, leaves), *given, cfg, record)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    left = ops.Ops(sums=False)
+    assert all(map(torch.equal, run(remat.recomputing(left)), run(left)))
+
+
+@pytest.mark.parametrize("stage, how, compiled, lora, sums", [
+    (0, "none", False, 0, False), (0, "selective", False, 0, False), (0, "none", False, 2, False),
+    (0, "block", False, 0, True), (2, "none", False, 0, True), (3, "selective", False, 0, True),
+    (0, "selective", True, 0, True),
+])  # fmt: skip
+def test_which_blocks_sum(stage, how, compiled, lora, sums):
+    """Those whose layers hand on one tensor, and those under kernels that gain nothing."""
+    pytest.importorskip("triton")
+    composed, _ = fp64_plan(with_(stage, 1, how))
+    run = dataclasses.replace(composed.run, finetune=dataclasses.replace(composed.run.finetune, lora_rank=lora))
+    for kernels, expected in ((fused(ops.Ops()), sums), (ops.Ops(), True)):
+        plan = dataclasses.replace(composed, run=run, kernels=kernels, compiled=compiled)
+        params = fp64_state(composed).params
+        assert plan.inference(params)[1].sums is expected
 
 
 def test_nothing_is_kept_where_nothing_is_differentiated():

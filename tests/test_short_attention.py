@@ -205,6 +205,54 @@ def test_the_empty_share_of_a_rank():
     assert o.shape == (2, 0, 2, 16) and torch.autograd.grad(o.sum(), qkv)[0].shape == qkv.shape
 
 
+# ------------------------------------------------------------------------------------------------- samples of two axes
+
+
+def of_two_axes(x, inside):
+    """(B, S, L, ...), the tokens of a sample side by side in memory or, ``inside``, the samples."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if inside else x.contiguous()
+
+
+@pytest.mark.parametrize(
+    "device, size", [("cpu", (2, 3, 9, 2, 24)), pytest.param("cuda", (2, 70, 16, 16, 72), marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_samples_of_two_axes_are_read_and_written_where_they_lie(device, size, inside):
+    B, S, L, H, K = size
+    qkv, do = (x.unflatten(0, (B, S)) for x in drawn(B * S, L, H, K, BF16 if device == "cuda" else FP32, device))
+    leaf = qkv.flatten(0, 1).requires_grad_()
+    expected = attend_packed(leaf, 0.2)
+    (dqkv,) = torch.autograd.grad(expected, leaf, do.flatten(0, 1))
+    expected, dqkv = (x.detach().unflatten(0, (B, S)) for x in (expected, dqkv))
+
+    whole = of_two_axes(qkv, inside).requires_grad_()
+    o = attend_packed(whole, 0.2)
+    (found,) = torch.autograd.grad(o, whole, of_two_axes(do, not inside))
+    assert torch.equal(o, expected) and torch.equal(found, dqkv)
+    for x in (o, found):
+        assert (x.transpose(1, 2) if inside else x).is_contiguous()
+
+    slices = [of_two_axes(x, inside).requires_grad_() for x in qkv.unbind(-3)]
+    o = attend(*slices, 0.2)
+    assert torch.equal(o, expected)
+    assert all(map(torch.equal, torch.autograd.grad(o, slices, do), dqkv.unbind(-3)))
+
+
+def test_transforms_of_samples_of_two_axes():
+    qkv, do = (of_two_axes(x.unflatten(0, (2, 2)), True) for x in drawn(4, 5, 2, 16))
+    change = of_two_axes(drawn(4, 5, 2, 16)[0].flip(0).unflatten(0, (2, 2)), True)
+
+    def used(fn, x, w):
+        return (fn(x) * w).sin().sum()
+
+    def results(fn):
+        grads = torch.func.vmap(torch.func.grad(lambda x, w: used(fn, x[None], w)))(qkv, do)
+        return grads, *torch.func.jvp(torch.func.grad(lambda x: used(fn, x, do)), (qkv,), (change,))
+
+    for a, b in zip(results(lambda x: attend_packed(x, 0.25)), results(lambda x: ops.attend(*x.unbind(-3)))):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
 # ----------------------------------------------------------------------------------------------------------- transforms
 
 
@@ -276,9 +324,12 @@ GRAD_LOOKED_AT = pytest.mark.filterwarnings("ignore:The .grad attribute of a Ten
 
 @GRAD_LOOKED_AT
 @pytest.mark.parametrize("name", ["short_attention", "short_attention_packed"])
-def test_the_registered_operators(name):
-    qkv, do = drawn(1, 5, 1, 16)
-    given = [qkv] if name.endswith("packed") else [x.contiguous() for x in qkv.unbind(2)]
+@pytest.mark.parametrize("axes", [1, 2])
+def test_the_registered_operators(name, axes):
+    qkv, do = drawn(2, 5, 1, 16)
+    if axes == 2:
+        qkv, do = (of_two_axes(x.unflatten(0, (1, 2)), True) for x in (qkv, do))
+    given = [qkv] if name.endswith("packed") else [x.clone() for x in qkv.unbind(-3)]
     given = [x.detach().requires_grad_() for x in given]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(getattr(torch.ops.odit, name).default, (*given, 0.25), test_utils=tests)

@@ -192,8 +192,7 @@ def passes(cfg: Rates, device: torch.device, copied: float) -> dict[str, float]:
     norm = sum(moved for moved, _ in norms) / sum(s for _, s in norms)
     gelu = {way: speed("bias_gelu", way) for way in ("forward", "backward")}
     found = {"norm": norm} | {f"gelu_{way}": moved / s for way, (moved, s) in gelu.items()}
-    found |= {"sums": sums_gb_per_s(cfg, device), "turn": turn_gb_per_s(cfg, device)}
-    found["optimizer"] = optimizer_gb_per_s(cfg, device)
+    found |= {"sums": sums_gb_per_s(cfg, device), "optimizer": optimizer_gb_per_s(cfg, device)}
     return {name: round(value / copied, 3) for name, value in found.items()}
 
 
@@ -203,14 +202,6 @@ def sums_gb_per_s(cfg: Rates, device: torch.device) -> float:
 
     dy = drawn(0, (1, cfg.rows, WIDTH), device).bfloat16()
     return dy.numel() * 2 / milliseconds(device, cfg.repeats, lambda: column_sums(dy)) / 1e6
-
-
-def turn_gb_per_s(cfg: Rates, device: torch.device) -> float:
-    """What a turn from frames to places of them reads and writes."""
-    from odit.kernels.turn import turn
-
-    x = drawn(0, (max(1, cfg.rows // 4096), 16, 256, WIDTH), device).bfloat16()
-    return 4 * x.numel() / milliseconds(device, cfg.repeats, lambda: turn(x)) / 1e6
 
 
 def optimizer_gb_per_s(cfg: Rates, device: torch.device) -> float:

@@ -25,7 +25,6 @@ def fused(ops: Ops) -> Ops:
     from odit.kernels.linear import out
     from odit.kernels.modulate import modulate
     from odit.kernels.qkv import qkv
-    from odit.kernels.turn import turn
 
     return replace(
         ops,
@@ -35,9 +34,9 @@ def fused(ops: Ops) -> Ops:
         qkv=qkv,
         out=out,
         mlp=mlp,
-        turn=turn,
         uniform=uniform,
         normal=normal,
+        sums=False,
     )
 
 

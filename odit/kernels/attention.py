@@ -242,7 +242,7 @@ def with_attention(ops: Ops, choice: Choice, size: int, packs: bool = False) -> 
     ``attend_lse`` and ``attend_grad`` scale by the head size they see: strategies that call them take no wide heads.
     With ``packs`` the results of ``qkv`` go into ``attend`` and nowhere else, and may be one tensor.
     """
-    scale, attend = size**-0.5, choice.backend.attend
+    scale, attend = size**-0.5, functools.partial(_along_axes, choice.backend.attend)
     if packs and choice.wide == size and choice.backend.attend_packed is not None:
         return _packed(ops, scale, attend, choice.backend.attend_packed)
     if choice.backend.name == "sdpa":
@@ -250,6 +250,19 @@ def with_attention(ops: Ops, choice: Choice, size: int, packs: bool = False) -> 
     if choice.wide == size:
         return replace(ops, attend=lambda q, k, v: attend(q, k, v, scale))
     return _widened(ops, size, choice.wide, attend)
+
+
+def _along_axes(attend: Callable, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """``attend``, which takes samples of one axis. Along a second one few tokens go to the kernel that reads them where
+    they lie, more by copies."""
+    if q.ndim == 4:
+        return attend(q, k, v, scale)
+    if importlib.util.find_spec("triton") is not None:
+        from odit.kernels import short_attention
+
+        if q.shape[-3] <= short_attention.FEW and short_attention.takes(scale, q, k, v):
+            return short_attention.attend(q, k, v, scale)
+    return reference.by_samples(lambda q, k, v: attend(q, k, v, scale), q, k, v)
 
 
 def _packed(ops: Ops, scale: float, attend: Callable, attend_packed: Callable) -> Ops:

@@ -16,11 +16,14 @@ and writes dq, dk, dv, 16 bytes: first all dq, a block of queries at a time, the
 time. S and dP are computed for each of the two, which costs two more products than accumulating dq across blocks of
 keys, but needs neither atomics (the bits are the same every time) nor room in memory.
 
-q, k and v may be slices of one tensor (B, L, 3, H, K); their gradients always are.
+q, k and v may be slices of one tensor (B, L, 3, H, K); their gradients always are. Samples may have two axes, (B, S, L,
+H, K): a clip's tokens along time, a sample a place, are read where they lie, (B, L, S, H, K) in memory, and o and the
+gradients are written so.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from odit import ops
-from odit.kernels.function import by_rows, empty, entry, served
+from odit.kernels.function import by_rows, entry, served
 from odit.kernels.launch import launch
 from odit.kernels.trial import plain
 
@@ -149,24 +152,25 @@ def row_products(a, b, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def place(H, SPANS: tl.constexpr):
-    """(sample, head, span) of this program; the sample in 64 bits, as it leads to offsets."""
+def place(S, H, SPANS: tl.constexpr):
+    """(b, s, head, span) of this program, and its sample; all of samples in 64 bits, as they lead to offsets."""
     head = tl.program_id(0) // SPANS
-    return (head // H).to(tl.int64), head % H, tl.program_id(0) % SPANS
+    sample = (head // H).to(tl.int64)
+    return sample // S, sample % S, head % H, tl.program_id(0) % SPANS, sample
 
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, H, q_b, q_l, k_b, k_l, v_b, v_l, o_b, o_l, scale,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, S, H, q_b, q_s, q_l, k_b, k_s, k_l, v_b, v_s, v_l, o_b, o_s, o_l, scale,
     q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
-    b, h, span = place(H, SPANS)
-    q_ptr += b * q_b + h * q_h
-    k_ptr += b * k_b + h * k_h
-    v_ptr += b * v_b + h * v_h
-    o_ptr += b * o_b + h * K
-    lse_ptr += (b * H + h) * L
+    b, s, h, span, sample = place(S, H, SPANS)
+    q_ptr += b * q_b + s * q_s + h * q_h
+    k_ptr += b * k_b + s * k_s + h * k_h
+    v_ptr += b * v_b + s * v_s + h * v_h
+    o_ptr += b * o_b + s * o_s + h * K
+    lse_ptr += (sample * H + h) * L
     exponent = scale * 1.4426950408889634  # of 2: log2(e)
     if N >= L:  # all keys at once: they stay for every block of queries
         k, v = load(k_ptr, k_l, tl.arange(0, N), L, K, WIDTHS, N), load(v_ptr, v_l, tl.arange(0, N), L, K, WIDTHS, N)
@@ -257,22 +261,22 @@ def keys_pass(
 
 @triton.jit
 def backward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, d_ptr, delta_ptr, H, q_b, q_l, k_b, k_l, v_b, v_l, o_b, o_l,
-    do_b, do_l, d_b, d_l, scale,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, d_ptr, delta_ptr, S, H, q_b, q_s, q_l, k_b, k_s, k_l, v_b,
+    v_s, v_l, o_b, o_s, o_l, do_b, do_s, do_l, d_b, d_s, d_l, scale,
     q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr, do_h: tl.constexpr, L: tl.constexpr,
     K: tl.constexpr, WIDTHS: tl.constexpr, SPANS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """``QUERIES`` and ``KEYS`` are (M, N, steps, stages) of the pass to be done; the other's steps are 0."""
-    b, h, span = place(H, SPANS)
-    q_ptr += b * q_b + h * q_h
-    k_ptr += b * k_b + h * k_h
-    v_ptr += b * v_b + h * v_h
-    o_ptr += b * o_b + h * K
-    do_ptr += b * do_b + h * do_h
-    d_ptr += b * d_b + h * K
-    lse_ptr += (b * H + h) * L
-    dlse_ptr += (b * H + h) * L
-    delta_ptr += (b * H + h) * L
+    b, s, h, span, sample = place(S, H, SPANS)
+    q_ptr += b * q_b + s * q_s + h * q_h
+    k_ptr += b * k_b + s * k_s + h * k_h
+    v_ptr += b * v_b + s * v_s + h * v_h
+    o_ptr += b * o_b + s * o_s + h * K
+    do_ptr += b * do_b + s * do_s + h * do_h
+    d_ptr += b * d_b + s * d_s + h * K
+    lse_ptr += (sample * H + h) * L
+    dlse_ptr += (sample * H + h) * L
+    delta_ptr += (sample * H + h) * L
     if QUERIES[2]:
         queries_pass(
             q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, d_ptr, delta_ptr, q_l, k_l, v_l, o_l, do_l, d_l,
@@ -307,37 +311,51 @@ def passes(L: int) -> list[tuple[int, tuple[int, ...], tuple[int, ...], dict[str
     return [(spans, queries[:4], left_out, options(QUERIES)), (more, left_out, keys[:4], options(KEYS))]
 
 
+def room(q: Tensor, *rest: int) -> Tensor:
+    """For a result (B, L, *rest) or (B, S, L, *rest), whose tokens lie in memory as those of q do."""
+    if q.ndim == 4:
+        return q.new_empty((*q.shape[:2], *rest))
+    B, S, L = q.shape[:3]
+    if q.stride(1) < q.stride(2):
+        return q.new_empty((B, L, S, *rest)).transpose(1, 2)
+    return q.new_empty((B, S, L, *rest))
+
+
 def outputs(q_BLHK: Tensor) -> tuple[Tensor, Tensor]:
     """Room for o and lse."""
-    B, L, H, _ = q_BLHK.shape
-    return empty(q_BLHK), q_BLHK.new_empty((B, H, L), dtype=torch.float32)
+    *samples, L, H, K = q_BLHK.shape
+    return room(q_BLHK, H, K), q_BLHK.new_empty((*samples, H, L), dtype=torch.float32)
 
 
 def inputs_gradients(q_BLHK: Tensor, lse_BHL: Tensor) -> tuple[Tensor, Tensor]:
     """Room for what backward returns."""
-    B, L, H, K = q_BLHK.shape
-    return q_BLHK.new_empty((B, L, 3, H, K)), torch.empty_like(lse_BHL)
+    return room(q_BLHK, 3, *q_BLHK.shape[-2:]), torch.empty_like(lse_BHL)
+
+
+def steps(*tensors_BLHK: Tensor) -> list[int]:
+    """How far samples lie apart, along their two axes (0 where they have one), and tokens, of each."""
+    return [step for x in tensors_BLHK for step in (x.stride(0), x.stride(1) if x.ndim > 4 else 0, x.stride(-3))]
 
 
 def forward(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """o, contiguous, and lse (B, H, L) in fp32."""
+    o, lse = outputs(q_BLHK)
     q, k, v = map(by_rows, (q_BLHK, k_BLHK, v_BLHK))
-    (o, lse), (B, L, H, K) = outputs(q), q.shape
+    *samples, L, H, K = q.shape
     tuning, spans = cut(FORWARD, L, rows=0)
-    strides = [stride for x in (q, k, v, o) for stride in x.stride()[:2]]
     launch(
-        forward_kernel, B * H * spans, q.device, q, k, v, o, lse, H, *strides, scale, q_h=q.stride(2),
-        k_h=k.stride(2), v_h=v.stride(2), L=L, K=K, WIDTHS=parts(K), M=tuning.queries, N=tuning.keys,
-        STEPS=tuning.steps, STAGES=tuning.stages, SPANS=spans, **options(tuning),
+        forward_kernel, math.prod(samples) * H * spans, q.device, q, k, v, o, lse, math.prod(samples[1:]), H,
+        *steps(q, k, v, o), scale, q_h=q.stride(-2), k_h=k.stride(-2), v_h=v.stride(-2), L=L, K=K, WIDTHS=parts(K),
+        M=tuning.queries, N=tuning.keys, STEPS=tuning.steps, STAGES=tuning.stages, SPANS=spans, **options(tuning),
     )  # fmt: skip
     return o, lse
 
 
 def fastest_forward(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """``forward``, or where that is faster cuDNN's kernel: on Hopper in half precision for more than a few tokens (256:
-    0.157 ms against 0.180 where backward takes 0.593)."""
+    0.157 ms against 0.180 where backward takes 0.593) of samples along one axis."""
     x = q_BLHK
-    few = x.shape[1] <= FEW or x.dtype == torch.float32
+    few = x.ndim > 4 or x.shape[1] <= FEW or x.dtype == torch.float32
     if few or not x.is_cuda or torch.cuda.get_device_capability(x.device) != (9, 0):
         return forward(q_BLHK, k_BLHK, v_BLHK, scale)
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
@@ -350,16 +368,16 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv as one (B, L, 3, H, K), contiguous, and delta (B, H, L) in fp32."""
-    do, q, k, v = map(by_rows, (do_BLHK, q_BLHK, k_BLHK, v_BLHK))
-    dlse, o, lse = (x.contiguous() for x in (dlse_BHL, o_BLHK, lse_BHL))
-    B, L, H, K = q.shape
-    d, delta = inputs_gradients(q, lse)
-    tensors = (q, k, v, o, do, lse, dlse, d, delta, H)
-    strides = [stride for x in (q, k, v, o, do, d) for stride in x.stride()[:2]]
-    constants = {"q_h": q.stride(2), "k_h": k.stride(2), "v_h": v.stride(2), "do_h": do.stride(2), "L": L, "K": K}
+    d, delta = inputs_gradients(q_BLHK, lse_BHL)
+    do, q, k, v, o = map(by_rows, (do_BLHK, q_BLHK, k_BLHK, v_BLHK, o_BLHK))
+    *samples, L, H, K = q.shape
+    o = o if o.stride(-2) == K else o.contiguous()
+    dlse, lse = (x.contiguous() for x in (dlse_BHL, lse_BHL))
+    tensors = (q, k, v, o, do, lse, dlse, d, delta, math.prod(samples[1:]), H, *steps(q, k, v, o, do, d[..., 0, :, :]))
+    constants = {"q_h": q.stride(-2), "k_h": k.stride(-2), "v_h": v.stride(-2), "do_h": do.stride(-2), "L": L, "K": K}
     for spans, queries, keys, how in passes(L):
         launch(
-            backward_kernel, B * H * spans, q.device, *tensors, *strides, scale, **constants, WIDTHS=parts(K),
+            backward_kernel, math.prod(samples) * H * spans, q.device, *tensors, scale, **constants, WIDTHS=parts(K),
             SPANS=spans, QUERIES=queries, KEYS=keys, **how,
         )  # fmt: skip
     return d, delta
@@ -370,12 +388,12 @@ def plain_backward(
 ) -> tuple[Tensor, Tensor]:
     """``backward`` in plain PyTorch."""
     dtype = q.dtype
-    do, q, k, v, o = (ops.at_least_fp32(x.transpose(1, 2)) for x in (do, q, k, v, o))
+    do, q, k, v, o = (ops.at_least_fp32(x.transpose(-3, -2)) for x in (do, q, k, v, o))
     p = (scale * (q @ k.mT) - lse_BHL[..., None]).exp()
     delta_BHL = (do * o).sum(-1) - dlse_BHL
     ds = p * (do @ v.mT - delta_BHL[..., None])
-    d_BHL3K = torch.stack((scale * (ds @ k), scale * (ds.mT @ q), p.mT @ do), 3)
-    return d_BHL3K.permute(0, 2, 3, 1, 4).to(dtype), delta_BHL
+    d_BHL3K = torch.stack((scale * (ds @ k), scale * (ds.mT @ q), p.mT @ do), -2)
+    return d_BHL3K.movedim(-4, -2).to(dtype), delta_BHL
 
 
 def tangent(
@@ -383,12 +401,12 @@ def tangent(
 ) -> tuple[Tensor, Tensor]:
     """The change of o and lse, in plain PyTorch."""
     dtype = q.dtype
-    q, k, v, dq, dk, dv = (ops.at_least_fp32(x.transpose(1, 2)) for x in (q, k, v, dq, dk, dv))
+    q, k, v, dq, dk, dv = (ops.at_least_fp32(x.transpose(-3, -2)) for x in (q, k, v, dq, dk, dv))
     p = (scale * (q @ k.mT) - lse_BHL[..., None]).exp()
     ds = scale * (dq @ k.mT + q @ dk.mT)
     dlse_BHL = (p * ds).sum(-1)
     do = (p * (ds - dlse_BHL[..., None])) @ v + p @ dv
-    return do.transpose(1, 2).to(dtype), dlse_BHL
+    return do.transpose(-3, -2).to(dtype), dlse_BHL
 
 
 run = entry(
@@ -404,7 +422,7 @@ run = entry(
         lambda do, dlse, q, k, v, o, lse, scale: inputs_gradients(q, lse),
     ),
     saved=lambda inputs, outputs: (*inputs[:3], *outputs),
-    gradients=lambda _, found: found[0].unbind(2),
+    gradients=lambda _, found: found[0].unbind(-3),
     tangent=tangent,
     plain_backward=plain_backward,
     seen=True,
@@ -415,7 +433,7 @@ def packed(fn: Callable, at: int) -> Callable:
     """The function with one (B, L, 3, H, K) in place of its arguments q, k and v, which are from ``at`` on."""
 
     def on_slices(*args: Any) -> Any:
-        return fn(*args[:at], *args[at].unbind(2), *args[at + 1 :])
+        return fn(*args[:at], *args[at].unbind(-3), *args[at + 1 :])
 
     return on_slices
 
@@ -429,12 +447,12 @@ run_packed = entry(
         "(Tensor do, Tensor dlse, Tensor qkv, Tensor o, Tensor lse, float scale) -> (Tensor, Tensor)",
     ),
     (
-        lambda qkv, scale: outputs(qkv[:, :, 0]),
-        lambda do, dlse, qkv, o, lse, scale: inputs_gradients(qkv[:, :, 0], lse),
+        lambda qkv, scale: outputs(qkv.select(-3, 0)),
+        lambda do, dlse, qkv, o, lse, scale: inputs_gradients(qkv.select(-3, 0), lse),
     ),
     saved=lambda inputs, outputs: (inputs[0], *outputs),
     gradients=lambda _, found: found[:1],
-    tangent=lambda qkv, o, lse, dqkv, scale: tangent(*qkv.unbind(2), o, lse, *dqkv.unbind(2), scale),
+    tangent=lambda qkv, o, lse, dqkv, scale: tangent(*qkv.unbind(-3), o, lse, *dqkv.unbind(-3), scale),
     plain_backward=packed(plain_backward, 2),
     seen=True,
 )
@@ -443,11 +461,11 @@ run_packed = entry(
 def takes(scale: float, *tensors: Tensor) -> bool:
     """Whether the kernels serve these; else the reference runs."""
     alike = all(x.shape == tensors[0].shape for x in tensors)
-    return served(WIDEST, *tensors) and alike and tensors[0].shape[1] <= LONGEST and scale > 0
+    return served(WIDEST, *tensors) and alike and tensors[0].shape[-3] <= LONGEST and scale > 0
 
 
 def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T) v as one kernel, its backward as another.
+    """softmax(scale q k^T) v as one kernel, its backward as another; q, k and v (B, L, H, K) or (B, S, L, H, K).
 
     The reference itself for fp64, mixed dtypes, heads beyond ``WIDEST``, samples beyond ``LONGEST`` and scales that are
     not positive. Where q, k and v are the slices of one tensor, ``attend_packed`` spares a copy of their gradients.
@@ -459,7 +477,7 @@ def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tens
 
 def attend_packed(qkv_BL3HK: Tensor, scale: float) -> Tensor:
     """``attend`` of the three slices, whose gradient is one tensor too, written in place."""
-    q, k, v = qkv_BL3HK.unbind(2)
+    q, k, v = qkv_BL3HK.unbind(-3)
     if not takes(scale, q, k, v):
         return plain(q, k, v, scale)
     return run_packed(qkv_BL3HK, scale)[0]

@@ -117,8 +117,7 @@ def forward(params: dict, x: Tensor, t_B: Tensor, y: Any, cfg: Config, ops: Ops 
     c_BD, caption = condition(params, t_B, y, cfg)
     h, rotary = ops.enter(h, *rotary)
     blocks, c = for_blocks(params, c_BD)
-    block = make_block(cfg, ops, sums=ops.layers is not layers)  # other layers hand on tensors
-    h = ops.layers(block, blocks, h, c, rotary, *caption)
+    h = ops.layers(make_block(cfg, ops), blocks, h, c, rotary, *caption)
     return nn.unpatchify(ops.leave(final(params["final"], h, c_BD, ops)), size, cfg.patch, cfg.frame_patch)
 
 
@@ -180,6 +179,11 @@ class Unsummed(NamedTuple):
     branch: Tensor
 
 
+def each(x: Tensor | Unsummed, fn: Callable[[Tensor], Tensor]) -> Any:
+    """``fn`` of tokens, or of both that are to be summed."""
+    return x._replace(x=fn(x.x), branch=fn(x.branch)) if isinstance(x, Unsummed) else fn(x)
+
+
 def modulated(x: Tensor | Unsummed, shift: Tensor, scale: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
     """x, summed, and its modulation: (B, L, D) both; shift and scale (B, D)."""
     if isinstance(x, Unsummed):
@@ -187,20 +191,20 @@ def modulated(x: Tensor | Unsummed, shift: Tensor, scale: Tensor, ops: Ops) -> t
     return x, ops.modulate(x, shift, scale)
 
 
-def make_block(cfg: Config, ops: Ops, sums: bool = True) -> Callable:
+def make_block(cfg: Config, ops: Ops) -> Callable:
     """One block as a function ``(p, x_BLD, c, rotary, *caption) -> x_BLD``; one object per (cfg, sites in it).
 
-    Without ``sums`` it gives, and after the first one gets, an ``Unsummed``.
+    Without ``ops.sums`` it gives, and after the first one gets, an ``Unsummed``.
     """
-    return _make_block(cfg, replace(ops, layers=layers), sums)
+    return _make_block(cfg, replace(ops, layers=layers))
 
 
 @functools.lru_cache(maxsize=64)
-def _make_block(cfg: Config, ops: Ops, sums: bool) -> Callable:
+def _make_block(cfg: Config, ops: Ops) -> Callable:
     """Must not see ``ops.layers``, which a layout makes anew each step around that step's weights."""
 
     def block(p: dict, x: Tensor | Unsummed, c: Tensor, rotary: tuple[Tensor, ...], *caption: Tensor) -> Any:
-        return run_block(cfg, ops, ops.attend, p, x, c, rotary, *caption, sums=sums)
+        return run_block(cfg, ops, ops.attend, p, x, c, rotary, *caption)
 
     return block
 
@@ -214,15 +218,15 @@ def run_block(
     c: Tensor,
     rotary: tuple,
     *caption: Tensor,
-    sums: bool = True,
-) -> Any:
+) -> Tensor | Unsummed:
     """A block of the paper, with cross-attention to captions after self-attention where p has it (PixArt-alpha).
 
     Args:
         attend: what the tokens do with q, k and v (B L H K).
         c: silu(c) (B, D), or (B, 6 D) under adaLN-single.
         x: tokens (B, L, D), or the ``Unsummed`` of the block before.
-        sums: whether it gives tokens (B, L, D), or an ``Unsummed``.
+    Returns:
+        Tokens (B, L, D) under ``ops.sums``, else an ``Unsummed``.
     """
     shift1, scale1, gate1, shift2, scale2, gate2 = modulations(p, c)
     x, h = modulated(x, shift1, scale1, ops)
@@ -234,7 +238,7 @@ def run_block(
     else:
         x, h = ops.gated_modulate(x, gate1, branch, shift2, scale2, cfg.mlp_eps)
     branch = ops.mlp(h, p["mlp"])
-    return ops.gated(x, gate2, branch) if sums else Unsummed(x, gate2, branch)
+    return ops.gated(x, gate2, branch) if ops.sums else Unsummed(x, gate2, branch)
 
 
 def modulations(p: dict, c: Tensor) -> tuple[Tensor, ...]:

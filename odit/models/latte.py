@@ -18,6 +18,7 @@ from torch import Tensor
 from odit import nn
 from odit.models import dit
 from odit.models.config import Config, Shape, Size
+from odit.models.dit import Unsummed
 from odit.ops import Ops, layers, linear
 
 joined = dit.joined  # of the two blocks of each pair
@@ -45,8 +46,13 @@ def forward(params: dict, x_BCTHW: Tensor, t_B: Tensor, y: Any, cfg: Config, ops
     x, _ = ops.enter(x_BTSD)
     blocks, c = dit.for_blocks(params, c_BD)
     x = ops.layers(make_pair(cfg, ops), blocks, x, c, (time_TD,), *caption)
-    h = dit.final(params["final"], x.flatten(1, 2), c_BD, ops).unflatten(1, x.shape[1:3])
+    h = dit.final(params["final"], dit.each(x, flat), c_BD, ops).unflatten(1, (-1, rows * columns))
     return nn.unpatchify(ops.leave(h).flatten(1, 2), size, cfg.patch, cfg.frame_patch)
+
+
+def flat(x_BTSD: Tensor) -> Tensor:
+    """(B, T S, D)."""
+    return x_BTSD.flatten(1, 2)
 
 
 @nn.kept
@@ -55,30 +61,36 @@ def _frames_table(frames: int, width: int, device: torch.device, dtype: torch.dt
 
 
 def make_pair(cfg: Config, ops: Ops) -> Callable:
-    """A block over space and one over time as ``(p, x_BTSD, c, (time_TD,), *caption) -> x_BTSD``."""
+    """A block over space and one over time as ``(p, x_BTSD, c, (time_TD,), *caption) -> x_BTSD``.
+
+    Without ``ops.sums`` it gives, and after the first one gets, an ``Unsummed``.
+    """
     return _make_pair(cfg, replace(ops, layers=layers))
 
 
 @functools.lru_cache(maxsize=64)
 def _make_pair(cfg: Config, ops: Ops) -> Callable:
-    def pair(p: dict, x: Tensor, c: Tensor, tables: tuple[Tensor], *caption: Tensor) -> Tensor:
-        x = over_rows(p["space"], x, c, *caption)
-        x = ops.turn(ops.switch(x, "time"))
+    def pair(p: dict, x: Tensor | Unsummed, c: Tensor, tables: tuple[Tensor], *caption: Tensor) -> Tensor | Unsummed:
+        x = ops.switch(block(p["space"], x, in_space, c, *caption), "time")
         if "first" in p:
-            x = x + tables[0]
-        x = over_rows(p["time"], x, c)
-        return ops.switch(ops.turn(x), "space")
+            time_T1D = tables[0][:, None]
+            x = x._replace(x=x.x + time_T1D) if isinstance(x, Unsummed) else x + time_T1D
+        return ops.switch(block(p["time"], x, in_time, c), "space")
 
-    def over_rows(p: dict, x: Tensor, c: Tensor, *caption: Tensor) -> Tensor:
-        """DiT's block, whose tokens attend within dim 2, each index of dim 1 for itself."""
-        rows = x.shape[1]
+    def block(p: dict, x: Tensor | Unsummed, attend: Callable, c: Tensor, *caption: Tensor) -> Tensor | Unsummed:
+        """DiT's block of (B, T, S, D)."""
+        frames = (x.x if isinstance(x, Unsummed) else x).shape[1]
+        y = dit.run_block(cfg, ops, functools.partial(attend, frames), p, dit.each(x, flat), c, (), *caption)
+        return dit.each(y, lambda z: z.unflatten(1, (frames, -1)))
 
-        def attend(*qkv: Tensor) -> Tensor:
-            o = ops.attend(*(y.unflatten(1, (rows, -1)).flatten(0, 1) for y in qkv))
-            return o.unflatten(0, (-1, rows)).flatten(1, 2)
+    def in_space(frames: int, *qkv: Tensor) -> Tensor:
+        """Attention of the tokens (B, T S, ...) of a frame."""
+        o = ops.attend(*(y.unflatten(1, (frames, -1)).flatten(0, 1) for y in qkv))
+        return o.unflatten(0, (-1, frames)).flatten(1, 2)
 
-        y = dit.run_block(cfg, ops, attend, p, x.flatten(1, 2), c, (), *caption)
-        return y.unflatten(1, x.shape[1:3])
+    def in_time(frames: int, *qkv: Tensor) -> Tensor:
+        """That of the tokens of a place: samples of two axes (B, S), whose tokens lie a frame apart."""
+        return ops.attend(*(y.unflatten(1, (frames, -1)).transpose(1, 2) for y in qkv)).transpose(1, 2).flatten(1, 2)
 
     return pair
 

@@ -71,7 +71,7 @@ class Rates:
     attention: tuple[Attended, ...]
     of_copy: dict[str, float]
     """Share of a copy's speed that passes over memory reach: norm, gelu_forward, gelu_backward, sums (of biases'
-    gradients), turn (of space and time), optimizer."""
+    gradients), optimizer."""
     wait_us: float
     """Between two kernels of a CUDA graph."""
     around_ms: float
