@@ -111,10 +111,10 @@ def _sdpa(*qkv_BLHK: Tensor) -> Tensor:
 
 
 def by_samples(attend: Callable, *qkv: Tensor) -> Tensor:
-    """``attend``, which takes (B, L, H, K), of samples that may have several axes, whatever their strides: kernels of
-    others take no view of these."""
-    samples = qkv[0].shape[:-3]
-    return attend(*(x.flatten(0, -4) for x in qkv)).unflatten(0, samples)
+    """``attend`` of q, k and v, or of one (..., L, 3, H, K), for samples that may have several axes, by one that takes
+    (B, L, ...): kernels of others take no view of more."""
+    dims = 3 if len(qkv) == 3 else 4  # of a sample
+    return attend(*(x.flatten(0, -dims - 1) for x in qkv)).unflatten(0, qkv[0].shape[:-dims])
 
 
 def attend_lse(q_BLHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,8 +265,8 @@ class Ops:
     uniform: Callable = random.uniform
     normal: Callable = random.normal
     sums: bool = True
-    """No site: whether a block sums what it gives. Where ``layers`` and ``switch`` hand on more than one tensor it may
-    leave that to the next block's first kernel."""
+    """No site: whether a block sums what it gives, as it must where ``layers`` or ``switch`` hand on one tensor alone;
+    else kernels leave that to the next block's first one."""
 
 
 def flash() -> Ops:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from odit import models
 from odit.footprint import Part, attended, gelu_in_products, graphed, parts
+from odit.kernels.attention import BACKENDS
 from odit.parallel import sequence
 from odit.parallel.collectives import shares
 from odit.plan import Plan
@@ -170,7 +171,7 @@ def _passes_s(composed: Plan, machine: Rates, capability: tuple[int, int]) -> Bl
     sums = (3 + 1 + 1) * row * (n if composed.claimed else 1)
     entry = attended(composed.run, composed.shape, composed.sequence, capability)
     plain_qk = not cfg.qk_norm and cfg.positions != "rotary"
-    packed = 0 if plain_qk and entry and entry.backend == "triton" and composed.sequence == "none" else 6
+    packed = 0 if plain_qk and entry and BACKENDS[entry.backend].attend_packed and composed.sequence == "none" else 6
     backward = machine.pass_s((3 + 6 + 3 + MEETINGS + packed) * row, "norm") + machine.pass_s(sums, "sums")
     return Block(forward, backward + machine.pass_s(back * wide, "gelu_backward"), 0.0)
 

@@ -151,6 +151,22 @@ def test_the_operator_of_flash_attn_4_traces_without_it():
     q, k, v = (torch.empty(2, 5, 3, 8, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
     o = flash4.attend(q, k, v, 0.3)
     assert o.shape == q.shape and all(g.shape == q.shape for g in torch.autograd.grad(o.sum(), (q, k, v)))
+    qkv = torch.empty(2, 5, 3, 3, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    o = flash4.attend_packed(qkv, 0.3)
+    (d,) = torch.autograd.grad(o.sum(), qkv)
+    assert o.shape == q.shape and d.shape == qkv.shape and d.is_contiguous()
+
+
+@pytest.mark.parametrize("which", ["attend_packed", "attend_packed_any"])
+def test_packed_flash_attn_4_writes_one_gradient(monkeypatch, which):
+    monkeypatch.setattr(flash4, "load", lambda: imitated(lambda *found: found))
+    qkv, do = (random.normal(random.fold_in(KEY, part), shape) for part, shape in
+               (("qkv", (2, 5, 3, 2, 8)), ("do", (2, 5, 2, 8))))  # fmt: skip
+    qkv.requires_grad_()
+    o, expected = getattr(flash4, which)(qkv, 8**-0.5), ops.attend(*qkv.unbind(2))
+    found, exact = (torch.autograd.grad(x, qkv, do)[0] for x in (o, expected))
+    assert (o - expected).norm() <= 1e-6 * expected.norm() and (found - exact).norm() <= 1e-6 * exact.norm()
+    assert found.is_contiguous()
 
 
 def test_flash_attn_4_is_loaded_and_called_where_warnings_are_errors(tmp_path, monkeypatch):
@@ -183,11 +199,13 @@ def imitated(spoil):
     def forward(q, k, v, softmax_scale, return_lse):
         return ops.attend(q * (softmax_scale * q.shape[-1] ** 0.5), k, v), q.new_zeros(1)
 
-    def backward(q, k, v, o, do, lse, scale, deterministic):
+    def backward(q, k, v, o, do, lse, scale, deterministic, dq, dk, dv):
+        into = (dq, dk, dv)
         q, k, v, do = (x.transpose(1, 2) for x in (q, k, v, do))
         p, dp = (scale * q @ k.mT).softmax(-1), do @ v.mT
         ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
-        return spoil(*(x.transpose(1, 2) for x in (ds @ k, ds.mT @ q, p.mT @ do)))
+        for room, x in zip(into, spoil(*(x.transpose(1, 2) for x in (ds @ k, ds.mT @ q, p.mT @ do)))):
+            room.copy_(x)
 
     return SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward)
 

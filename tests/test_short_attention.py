@@ -9,7 +9,7 @@ from odit import ops, random, remat
 
 pytest.importorskip("triton")
 
-from odit.kernels import short_attention
+from odit.kernels import heads, short_attention
 from odit.kernels.short_attention import Tuning, attend, attend_packed
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -52,7 +52,7 @@ def assert_as_exact_as_eager(qkv, do):
 # ------------------------------------------------------------------------------------------------------------ numbers
 
 
-SIZES = [(1, 1, 64), (2, 17, 72), (1, 64, 32), (1, 200, 72), (1, 256, 72), (1, 37, 112)]
+SIZES = [(1, 1, 64), (2, 17, 72), (1, 64, 32), (1, 200, 72), (1, 256, 72), (1, 37, 112), (2, 16, 72), (1, 32, 40)]
 
 
 @pytest.mark.parametrize("B, L, K, dtype", [(*size, (FP32, BF16)[i % 2]) for i, size in enumerate(SIZES)])
@@ -76,9 +76,24 @@ def test_however_it_is_cut(way, monkeypatch):
     assert_as_exact_as_eager(*drawn(1, 70, 2, 24))
 
 
+@pytest.mark.parametrize("L", [11, 16, 17, 32, 50, 64])
+def test_at_once_and_in_two_passes(L, monkeypatch):
+    """A sample that is one block: one launch, and the numbers of two up to rounding."""
+    assert len(short_attention.passes(L)) == 1
+    qkv, do = drawn(1, L, 2, 24)
+    found = everything(lambda q, k, v: attend(q, k, v, 0.2), qkv, do)
+    monkeypatch.setattr(short_attention, "WHOLE", {})
+    assert len(short_attention.passes(L)) == 2
+    other = everything(lambda q, k, v: attend(q, k, v, 0.2), qkv, do)
+    assert torch.equal(found[0], other[0]) and relative(found[1], other[1].double()) <= 1e-6
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("B, L, K", [(8, 256, 72), (8, 250, 72), (3, 256, 64), (2, 1, 72), (2, 17, 32), (1, 512, 128)])
+@pytest.mark.parametrize("B, L, K", [
+    (8, 256, 72), (8, 250, 72), (3, 256, 64), (2, 1, 72), (2, 17, 32), (1, 512, 128),
+    (8, 16, 72), (3, 11, 128), (8, 32, 64), (3, 64, 72), (2, 40, 128),
+])  # fmt: skip
 def test_outputs_and_gradients_on_a_gpu(B, L, K, dtype):
     assert_as_exact_as_eager(*drawn(B, L, 16, K, dtype, "cuda"))
 
@@ -98,7 +113,7 @@ def test_its_own_forward_on_a_gpu(L, K, dtype):
 @pytest.mark.parametrize("K, expected", [(8, (16,)), (32, (32,)), (64, (64,)), (72, (64, 16)), (96, (64, 32)),
                                          (112, (64, 32, 16)), (128, (128,))])  # fmt: skip
 def test_the_parts_of_a_head(K, expected):
-    assert short_attention.parts(K) == expected
+    assert heads.parts(K) == expected
 
 
 @pytest.mark.parametrize("L", [1, 17, 64, 200, 256, 300])

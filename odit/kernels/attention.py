@@ -40,7 +40,8 @@ class Backend:
     repeats: bool = True
     """Whether its backward pass gives the same bits each time."""
     attend_packed: Callable[[Tensor, float], Tensor] | None = None
-    """``attend_packed(qkv (B, L, 3, H, K), scale)``, whose gradient is one tensor too: no copy puts three together."""
+    """``attend_packed(qkv (B, L, 3, H, K), scale)``, whose gradient is one tensor too: no copy puts three together.
+    None where the library has no place for it."""
 
 
 # --- PyTorch's ---
@@ -122,13 +123,20 @@ BACKENDS = {
         Backend("sdpa", sdpa, _always, "PyTorch's choice of attention", repeats=False),
         Backend("flash2", flash2, functools.partial(_needs_gpu, (8, 0)), "FlashAttention 2 (PyTorch's)", repeats=False),
         Backend("cudnn", cudnn, functools.partial(_needs_gpu, (9, 0)), "cuDNN's attention", repeats=False),
-        Backend("flash4", flash4.attend, functools.partial(_flash4_obstacle, True), "flash-attn 4"),
+        Backend(
+            "flash4",
+            flash4.attend,
+            functools.partial(_flash4_obstacle, True),
+            "flash-attn 4",
+            attend_packed=flash4.attend_packed,
+        ),
         Backend(
             "flash4_any",
             flash4.attend_any,
             functools.partial(_flash4_obstacle, False),
             "flash-attn 4, summing in any order",
             repeats=False,
+            attend_packed=flash4.attend_packed_any,
         ),
         Backend("triton", triton, _triton_obstacle, "odit's kernel for short samples", attend_packed=triton_packed),
     )
@@ -242,30 +250,30 @@ def with_attention(ops: Ops, choice: Choice, size: int, packs: bool = False) -> 
     ``attend_lse`` and ``attend_grad`` scale by the head size they see: strategies that call them take no wide heads.
     With ``packs`` the results of ``qkv`` go into ``attend`` and nowhere else, and may be one tensor.
     """
-    scale, attend = size**-0.5, functools.partial(_along_axes, choice.backend.attend)
-    if packs and choice.wide == size and choice.backend.attend_packed is not None:
-        return _packed(ops, scale, attend, choice.backend.attend_packed)
-    if choice.backend.name == "sdpa":
+    scale, backend = size**-0.5, choice.backend
+    if backend.name == "sdpa":
         return replace(ops, attend=reference.attend_sdpa)  # by its name, which memory.py looks for
-    if choice.wide == size:
-        return replace(ops, attend=lambda q, k, v: attend(q, k, v, scale))
-    return _widened(ops, size, choice.wide, attend)
+    ops = replace(ops, attend=lambda q, k, v: _along_axes(backend.attend, q, k, v, scale=scale))
+    if packs and backend.attend_packed is not None:
+        ops = _packed(ops, scale, backend.attend_packed)
+    return ops if choice.wide == size else _widened(ops, choice.wide - size)
 
 
-def _along_axes(attend: Callable, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """``attend``, which takes samples of one axis. Along a second one few tokens go to the kernel that reads them where
-    they lie, more by copies."""
-    if q.ndim == 4:
-        return attend(q, k, v, scale)
+def _along_axes(attend: Callable, *given: Tensor, scale: float) -> Tensor:
+    """``attend`` of q, k and v, or of one (B, L, 3, H, K), which takes samples of one axis. Where they have two, few
+    tokens go to the kernel that reads them where they lie, more by copies."""
+    dims = 3 if len(given) == 3 else 4  # of a sample
+    if given[0].ndim == 1 + dims:
+        return attend(*given, scale)
     if importlib.util.find_spec("triton") is not None:
-        from odit.kernels import short_attention
+        from odit.kernels import short_attention as own
 
-        if q.shape[-3] <= short_attention.FEW and short_attention.takes(scale, q, k, v):
-            return short_attention.attend(q, k, v, scale)
-    return reference.by_samples(lambda q, k, v: attend(q, k, v, scale), q, k, v)
+        if given[0].shape[-dims] <= own.FEW:
+            return (own.attend if dims == 3 else own.attend_packed)(*given, scale)
+    return reference.by_samples(lambda *xs: attend(*xs, scale), *given)
 
 
-def _packed(ops: Ops, scale: float, attend: Callable, attend_packed: Callable) -> Ops:
+def _packed(ops: Ops, scale: float, attend_packed: Callable) -> Ops:
     """q, k and v as one tensor, as the product gives them; three where they are normalised or rotated after it."""
     from odit.kernels.linear import linear
 
@@ -276,14 +284,13 @@ def _packed(ops: Ops, scale: float, attend: Callable, attend_packed: Callable) -
         return (linear(h_BLD, w.flatten(0, 2), b.flatten()).unflatten(-1, w.shape[:3]),)
 
     def attend_either(*given: Tensor) -> Tensor:
-        return attend_packed(*given, scale) if len(given) == 1 else attend(*given, scale)
+        return _along_axes(attend_packed, *given, scale=scale) if len(given) == 1 else ops.attend(*given)
 
     return replace(ops, qkv=qkv, attend=attend_either)
 
 
-def _widened(ops: Ops, size: int, wide: int, attend: Callable) -> Ops:
-    """Heads with zero columns. Where q and k are normalised or rotated these come after that, by a copy."""
-    more, scale = wide - size, size**-0.5
+def _widened(ops: Ops, more: int) -> Ops:
+    """Heads with ``more`` zero columns. Where q and k are normalised or rotated these come after that, by a copy."""
 
     def pad(x: Tensor, dim: int) -> Tensor:
         return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, more))
@@ -294,6 +301,6 @@ def _widened(ops: Ops, size: int, wide: int, attend: Callable) -> Ops:
         return ops.qkv(h_BLD, {name: pad(leaf, 2) for name, leaf in p.items()}, ())
 
     def out(o_BLHK: Tensor, p: dict[str, Tensor]) -> Tensor:
-        return ops.out(o_BLHK, {**p, "w": pad(p["w"], 2)} if o_BLHK.shape[-1] == wide else p)
+        return ops.out(o_BLHK, {**p, "w": pad(p["w"], 2)} if o_BLHK.shape[-1] != p["w"].shape[2] else p)
 
-    return replace(ops, qkv=qkv, out=out, attend=lambda q, k, v: attend(q, k, v, scale))
+    return replace(ops, qkv=qkv, out=out)

@@ -53,7 +53,8 @@ COMPILED = set()  # what has run in this process: name, shape, dtype and setting
 
 def run(name: str, *args: Any, **settings: Any) -> tuple[Any, ...]:
     """What its function of this name gives, the first time without the warnings of its compiler."""
-    fn, key = getattr(load(), name), (name, args[0].shape, args[0].dtype, *sorted(settings.items()))
+    told = sorted((key, value) for key, value in settings.items() if not isinstance(value, Tensor))
+    fn, key = getattr(load(), name), (name, args[0].shape, args[0].dtype, *told)
     if key in COMPILED:
         return fn(*args, **settings)
     with warnings.catch_warnings():
@@ -79,14 +80,22 @@ def _(q, k, v, scale, repeats):
 @torch.library.custom_op("odit::attend_fa4_backward", mutates_args=())
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, repeats: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = run("_flash_attn_bwd", q, k, v, o, do.contiguous(), lse, scale, deterministic=repeats)[:3]
-    return dq, dk, dv
+) -> Tensor:
+    """dq, dk and dv as one (B, L, 3, H, K), each written in its place: no copy puts them together for ``packed``."""
+    d = _gradient(q)
+    dq, dk, dv = d.unbind(2)
+    run("_flash_attn_bwd", q, k, v, o, do.contiguous(), lse, scale, deterministic=repeats, dq=dq, dk=dk, dv=dv)
+    return d
+
+
+def _gradient(q_BLHK: Tensor) -> Tensor:
+    B, L, H, K = q_BLHK.shape
+    return q_BLHK.new_empty((B, L, 3, H, K))
 
 
 @_backward.register_fake
 def _(do, q, k, v, o, lse, scale, repeats):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return _gradient(q)
 
 
 def _keep(ctx, inputs, output):
@@ -99,10 +108,39 @@ def _keep(ctx, inputs, output):
 def _differentiate(ctx, do, dlse):
     if do is None:
         return (None,) * 5
-    return *_backward(do, *ctx.saved_tensors, ctx.scale, ctx.repeats), None, None
+    return *_backward(do, *ctx.saved_tensors, ctx.scale, ctx.repeats).unbind(2), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+@torch.library.custom_op("odit::attend_fa4_packed", mutates_args=())
+def _forward_packed(qkv: Tensor, scale: float, repeats: bool) -> tuple[Tensor, Tensor]:
+    o, lse, *_ = run("_flash_attn_fwd", *qkv.unbind(2), softmax_scale=scale, return_lse=True)
+    return o, lse
+
+
+@_forward_packed.register_fake
+def _(qkv, scale, repeats):
+    B, L, _, H, K = qkv.shape
+    return qkv.new_empty((B, L, H, K)), qkv.new_empty((B, H, L), dtype=torch.float32)
+
+
+def _keep_packed(ctx, inputs, output):
+    qkv, ctx.scale, ctx.repeats = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_packed(ctx, do, dlse):
+    if do is None:
+        return None, None, None
+    qkv, o, lse = ctx.saved_tensors
+    return _backward(do, *qkv.unbind(2), o, lse, ctx.scale, ctx.repeats), None, None
+
+
+_forward_packed.register_autograd(_differentiate_packed, setup_context=_keep_packed)
 
 
 def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
@@ -113,6 +151,16 @@ def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tens
 def attend_any(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
     """The same, whose dq is summed in whatever order its parts are ready."""
     return _forward(q_BLHK, k_BLHK, v_BLHK, scale, False)[0]
+
+
+def attend_packed(qkv_BL3HK: Tensor, scale: float) -> Tensor:
+    """``attend`` of the three slices, whose gradient is one tensor too."""
+    return _forward_packed(qkv_BL3HK, scale, True)[0]
+
+
+def attend_packed_any(qkv_BL3HK: Tensor, scale: float) -> Tensor:
+    """``attend_any`` of the three slices."""
+    return _forward_packed(qkv_BL3HK, scale, False)[0]
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, K: int, repeats: bool) -> str | None:

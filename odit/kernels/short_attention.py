@@ -7,14 +7,11 @@ With S = scale q k^T, rows over queries, P = exp(S - lse) and lse = log sum exp 
     dP = do v^T, delta = sum of do o - dlse, dS = P (dP - delta)      sum over K (Dao 2023, section 3.1)
     dq = scale dS k, dk = scale dS^T q
 
-Tensor cores want powers of two, and a head of 72 as 128 would be 78 % more work. So a head's columns are cut into parts
-of powers of two, 72 into 64 and 16, of which the last is filled up with zeros: a product over columns is the sum of its
-parts' products, one into columns is a product a part.
-
 Forward reads q, k, v and writes o, 8 bytes an element in half precision, and lse. Backward reads q, k, v, o and do
 and writes dq, dk, dv, 16 bytes: first all dq, a block of queries at a time, then all dk and dv, a block of keys at a
 time. S and dP are computed for each of the two, which costs two more products than accumulating dq across blocks of
-keys, but needs neither atomics (the bits are the same every time) nor room in memory.
+keys, but needs neither atomics (the bits are the same every time) nor room in memory. A sample that is one block is
+done at once.
 
 q, k and v may be slices of one tensor (B, L, 3, H, K); their gradients always are. Samples may have two axes, (B, S, L,
 H, K): a clip's tokens along time, a sample a place, are read where they lie, (B, L, S, H, K) in memory, and o and the
@@ -34,13 +31,23 @@ from torch import Tensor
 
 from odit import ops
 from odit.kernels.function import by_rows, entry, served
+from odit.kernels.heads import (
+    LEAST,
+    add_product,
+    load,
+    over_columns,
+    parts,
+    row_products,
+    store,
+    times_rows,
+    zeros,
+)
 from odit.kernels.launch import launch
 from odit.kernels.trial import plain
 
 WIDEST = 128  # columns of a head
 LONGEST = 1024  # tokens; every length is compiled for itself
 FEW = 64  # tokens up to which the own forward pass is faster than cuDNN's
-LEAST = 16  # columns of a tensor core's product
 
 
 class Tuning(NamedTuple):
@@ -64,91 +71,7 @@ class Tuning(NamedTuple):
 FORWARD = Tuning(queries=64, keys=64, steps=1, stages=2, warps=4, registers=128)
 QUERIES = Tuning(queries=64, keys=64, steps=1, stages=2, warps=4)
 KEYS = Tuning(queries=32, keys=64, steps=1, stages=2, warps=4)  # 64 queries would not fit in its registers
-
-
-def parts(K: int) -> tuple[int, ...]:
-    """The widths of a head's parts: the powers of two of K, made a multiple of ``LEAST``."""
-    rest = triton.cdiv(K, LEAST) * LEAST
-    return tuple(1 << bit for bit in range(rest.bit_length() - 1, -1, -1) if rest >> bit & 1)
-
-
-@triton.jit
-def part(i: tl.constexpr, row_R, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr, R: tl.constexpr):
-    """The columns of part ``i``, and which of its elements are there: what is always there, the compiler sees."""
-    at = 0
-    for j in tl.static_range(i):
-        at += WIDTHS[j]
-    column_W = at + tl.arange(0, WIDTHS[i])
-    mask = tl.full((R, WIDTHS[i]), True, tl.int1)
-    if L % R != 0:
-        mask = mask & (row_R < L)[:, None]
-    if i + 1 == len(WIDTHS):  # the others are whole
-        mask = mask & (column_W < K)[None, :]
-    return column_W[None, :], mask
-
-
-@triton.jit
-def load(ptr, stride, row_R, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr, R: tl.constexpr):
-    """Rows of one head as parts; beyond L and K they are 0."""
-    found = ()
-    for i in tl.static_range(len(WIDTHS)):
-        column_1W, mask = part(i, row_R, L, K, WIDTHS, R)
-        found = found + (tl.load(ptr + row_R[:, None] * stride + column_1W, mask=mask, other=0.0),)
-    return found
-
-
-@triton.jit
-def store(ptr, stride, row_R, values, factor, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr, R: tl.constexpr):
-    """Stores the parts times ``factor`` as rows of one head."""
-    for i in tl.static_range(len(WIDTHS)):
-        column_1W, mask = part(i, row_R, L, K, WIDTHS, R)
-        value = (values[i] * factor).to(ptr.dtype.element_ty)
-        tl.store(ptr + row_R[:, None] * stride + column_1W, value, mask=mask)
-
-
-@triton.jit
-def zeros(R: tl.constexpr, WIDTHS: tl.constexpr):
-    """Parts to be summed into, in fp32."""
-    found = ()
-    for i in tl.static_range(len(WIDTHS)):
-        found = found + (tl.full((R, WIDTHS[i]), 0.0, tl.float32),)
-    return found
-
-
-@triton.jit
-def over_columns(a, b, WIDTHS: tl.constexpr):
-    """a b^T, in fp32."""
-    total = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
-    for i in tl.static_range(1, len(WIDTHS)):
-        total = tl.dot(a[i], tl.trans(b[i]), total, input_precision="ieee")
-    return total
-
-
-@triton.jit
-def add_product(total, a, b, WIDTHS: tl.constexpr):
-    """total + a b, for each part of b; a is rounded to b's dtype."""
-    found = ()
-    for i in tl.static_range(len(WIDTHS)):
-        found = found + (tl.dot(a.to(b[i].dtype), b[i], total[i], input_precision="ieee"),)
-    return found
-
-
-@triton.jit
-def times_rows(a, factor_R, WIDTHS: tl.constexpr):
-    """Each row of the parts times its factor."""
-    found = ()
-    for i in tl.static_range(len(WIDTHS)):
-        found = found + (a[i] * factor_R[:, None],)
-    return found
-
-
-@triton.jit
-def row_products(a, b, WIDTHS: tl.constexpr):
-    """Sum over columns of a b, (R,) in fp32."""
-    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
-    for i in tl.static_range(1, len(WIDTHS)):
-        total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
-    return total
+WHOLE = {16: 1, 32: 2, 64: 4}  # rows of a sample that backward does at once, and its warps; up to 32 forward too
 
 
 @triton.jit
@@ -260,13 +183,39 @@ def keys_pass(
 
 
 @triton.jit
+def whole_pass(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, q_l, k_l, v_l, o_l, do_l,
+    d_l, scale, L: tl.constexpr, K: tl.constexpr, WIDTHS: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """delta, dq, dk and dv of a head that is one block."""
+    row_N = tl.arange(0, N)
+    do, o = load(do_ptr, do_l, row_N, L, K, WIDTHS, N), load(o_ptr, o_l, row_N, L, K, WIDTHS, N)
+    q, k = load(q_ptr, q_l, row_N, L, K, WIDTHS, N), load(k_ptr, k_l, row_N, L, K, WIDTHS, N)
+    v = load(v_ptr, v_l, row_N, L, K, WIDTHS, N)
+    lse_N = tl.load(lse_ptr + row_N, mask=row_N < L, other=0.0) * 1.4426950408889634
+    delta_N = row_products(do, o, WIDTHS) - tl.load(dlse_ptr + row_N, mask=row_N < L, other=0.0)
+    tl.store(delta_ptr + row_N, delta_N, mask=row_N < L)
+    s_NN = over_columns(q, k, WIDTHS)
+    if L < N:
+        there_NN = (row_N < L)[:, None] & (row_N < L)[None, :]
+        s_NN = tl.where(there_NN, s_NN, float("-inf"))
+    p_NN = tl.exp2(s_NN * (scale * 1.4426950408889634) - lse_N[:, None])
+    ds_NN = p_NN * (over_columns(do, v, WIDTHS) - delta_N[:, None])
+    store(dv_ptr, d_l, row_N, add_product(zeros(N, WIDTHS), tl.trans(p_NN), do, WIDTHS), 1.0, L, K, WIDTHS, N)
+    store(dq_ptr, d_l, row_N, add_product(zeros(N, WIDTHS), ds_NN, k, WIDTHS), scale, L, K, WIDTHS, N)
+    store(dk_ptr, d_l, row_N, add_product(zeros(N, WIDTHS), tl.trans(ds_NN), q, WIDTHS), scale, L, K, WIDTHS, N)
+
+
+@triton.jit
 def backward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, d_ptr, delta_ptr, S, H, q_b, q_s, q_l, k_b, k_s, k_l, v_b,
     v_s, v_l, o_b, o_s, o_l, do_b, do_s, do_l, d_b, d_s, d_l, scale,
     q_h: tl.constexpr, k_h: tl.constexpr, v_h: tl.constexpr, do_h: tl.constexpr, L: tl.constexpr,
     K: tl.constexpr, WIDTHS: tl.constexpr, SPANS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """``QUERIES`` and ``KEYS`` are (M, N, steps, stages) of the pass to be done; the other's steps are 0."""
+    """``QUERIES`` and ``KEYS`` are (M, N, steps, stages) of the pass to be done; the other's steps are 0. Or ``ROWS``
+    are those of a block that is all of a head."""
     b, s, h, span, sample = place(S, H, SPANS)
     q_ptr += b * q_b + s * q_s + h * q_h
     k_ptr += b * k_b + s * k_s + h * k_h
@@ -287,12 +236,21 @@ def backward_kernel(
             q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, d_ptr + H * K, d_ptr + 2 * H * K, q_l, k_l, v_l, do_l,
             d_l, scale, span, L, K, WIDTHS, KEYS[0], KEYS[1], KEYS[2], KEYS[3],
         )  # fmt: skip
+    if ROWS:
+        whole_pass(
+            q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, d_ptr, d_ptr + H * K, d_ptr + 2 * H * K, delta_ptr,
+            q_l, k_l, v_l, o_l, do_l, d_l, scale, L, K, WIDTHS, ROWS,
+        )  # fmt: skip
+
+
+def rows_of(L: int) -> int:
+    """Those of a block that holds L tokens."""
+    return max(LEAST, triton.next_power_of_2(L))
 
 
 def cut(tuning: Tuning, L: int, rows: int) -> tuple[Tuning, int]:
     """The tuning for L tokens, where the rows of a program are its field ``rows``, and programs a head."""
-    most = max(LEAST, triton.next_power_of_2(L))
-    fitting = tuning._replace(queries=min(tuning.queries, most), keys=min(tuning.keys, most))
+    fitting = tuning._replace(queries=min(tuning.queries, rows_of(L)), keys=min(tuning.keys, rows_of(L)))
     blocks = triton.cdiv(L, fitting[rows])
     steps = min(tuning.steps or blocks, blocks)
     return fitting._replace(steps=steps), triton.cdiv(blocks, max(1, steps))
@@ -304,11 +262,23 @@ def options(tuning: Tuning) -> dict[str, int]:
     return {"num_warps": tuning.warps, **limit}
 
 
-def passes(L: int) -> list[tuple[int, tuple[int, ...], tuple[int, ...], dict[str, int]]]:
-    """The launches of backward: programs a head, the cuts of both passes as the kernel takes them, and options."""
+def forward_pass(L: int) -> tuple[Tuning, int]:
+    """The cut of forward, and programs a head."""
+    whole = rows_of(L)
+    at_once = whole in WHOLE and whole < FORWARD.queries
+    return cut(Tuning(whole, whole, 1, 1, WHOLE[whole]) if at_once else FORWARD, L, rows=0)
+
+
+def passes(L: int) -> list[tuple[int, dict[str, Any]]]:
+    """The launches of backward: programs a head, the cuts as the kernel takes them, and options."""
+    left_out = {"QUERIES": (LEAST, LEAST, 0, 1), "KEYS": (LEAST, LEAST, 0, 1), "ROWS": 0}
+    if (whole := rows_of(L)) in WHOLE:
+        return [(min(L, 1), {**left_out, "ROWS": whole, "num_warps": WHOLE[whole]})]
     (queries, spans), (keys, more) = cut(QUERIES, L, rows=0), cut(KEYS, L, rows=1)
-    left_out = (LEAST, LEAST, 0, 1)
-    return [(spans, queries[:4], left_out, options(QUERIES)), (more, left_out, keys[:4], options(KEYS))]
+    return [
+        (spans, {**left_out, "QUERIES": queries[:4], **options(QUERIES)}),
+        (more, {**left_out, "KEYS": keys[:4], **options(KEYS)}),
+    ]
 
 
 def room(q: Tensor, *rest: int) -> Tensor:
@@ -342,7 +312,7 @@ def forward(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> tup
     o, lse = outputs(q_BLHK)
     q, k, v = map(by_rows, (q_BLHK, k_BLHK, v_BLHK))
     *samples, L, H, K = q.shape
-    tuning, spans = cut(FORWARD, L, rows=0)
+    tuning, spans = forward_pass(L)
     launch(
         forward_kernel, math.prod(samples) * H * spans, q.device, q, k, v, o, lse, math.prod(samples[1:]), H,
         *steps(q, k, v, o), scale, q_h=q.stride(-2), k_h=k.stride(-2), v_h=v.stride(-2), L=L, K=K, WIDTHS=parts(K),
@@ -375,10 +345,10 @@ def backward(
     dlse, lse = (x.contiguous() for x in (dlse_BHL, lse_BHL))
     tensors = (q, k, v, o, do, lse, dlse, d, delta, math.prod(samples[1:]), H, *steps(q, k, v, o, do, d[..., 0, :, :]))
     constants = {"q_h": q.stride(-2), "k_h": k.stride(-2), "v_h": v.stride(-2), "do_h": do.stride(-2), "L": L, "K": K}
-    for spans, queries, keys, how in passes(L):
+    for spans, how in passes(L):
         launch(
             backward_kernel, math.prod(samples) * H * spans, q.device, *tensors, scale, **constants, WIDTHS=parts(K),
-            SPANS=spans, QUERIES=queries, KEYS=keys, **how,
+            SPANS=spans, **how,
         )  # fmt: skip
     return d, delta
 
