@@ -174,7 +174,8 @@ class Plan:
         """``layout.view`` of this plan's record: parameters and record for a forward pass."""
         params, ops = self.layout.view(targets, held, self.ops, sink)
         ops = compiling.compiled(ops) if self.compiled else ops
-        ops = remat.recomputing(ops) if self.run.parallel.remat == "selective" else ops
+        if self.run.parallel.remat == "selective":
+            ops = remat.recomputing(ops, branches=self.sequence != "megatron")  # whose branches ranks sum
         cfg = self.run.finetune
         return params, finetune.adapted(ops, cfg.scale) if cfg.lora_rank else ops
 

@@ -18,13 +18,17 @@ PRODUCTS = ("mm", "addmm", "linear", "gelu_mlp")  # with weights; plain attentio
 ATTENTION = ("attention", "attend")  # in an operator's name: PyTorch's kernels and those of odit
 
 
-def recomputing(ops: Ops) -> Ops:
-    """The record whose ``layers`` hands on ``selective`` blocks; around ``compiled``, so that it is compiled too."""
+def recomputing(ops: Ops, branches: bool = True) -> Ops:
+    """The record whose ``layers`` hands on ``selective`` blocks; around ``compiled``, so that it is compiled too.
+
+    ``branches`` says whether what a block would sum is kept anyway, as a product. Else it sums: to hand both on would
+    keep one value a token and channel more.
+    """
 
     def layers(block: Callable, params: list, x: Any, *args: Any) -> Any:
         return ops.layers(selective(block), params, x, *args)
 
-    return replace(ops, layers=layers)
+    return replace(ops, layers=layers, sums=ops.sums or not branches)
 
 
 @functools.lru_cache(maxsize=64)

@@ -117,20 +117,22 @@ def test_gradients_of_blocks_that_leave_their_sums(arch):
     assert all(map(torch.equal, run(remat.recomputing(left)), run(left)))
 
 
-@pytest.mark.parametrize("stage, how, compiled, lora, sums", [
-    (0, "none", False, 0, False), (0, "selective", False, 0, False), (0, "none", False, 2, False),
-    (0, "block", False, 0, True), (2, "none", False, 0, True), (3, "selective", False, 0, True),
-    (0, "selective", True, 0, True),
+@pytest.mark.parametrize("stage, how, changes, sums", [
+    (0, "none", {}, False), (0, "selective", {}, False), (0, "none", {"lora": 2}, False),
+    (0, "block", {}, True), (2, "none", {}, True), (3, "selective", {}, True),
+    (0, "selective", {"compiled": True}, True),
+    (0, "none", {"sequence": "megatron"}, False), (0, "selective", {"sequence": "megatron"}, True),
 ])  # fmt: skip
-def test_which_blocks_sum(stage, how, compiled, lora, sums):
-    """Those whose layers hand on one tensor, and those under kernels that gain nothing."""
+def test_which_blocks_sum(stage, how, changes, sums):
+    """Those whose layers hand on one tensor, those under kernels that gain nothing, and those that would keep more."""
     pytest.importorskip("triton")
     composed, _ = fp64_plan(with_(stage, 1, how))
-    run = dataclasses.replace(composed.run, finetune=dataclasses.replace(composed.run.finetune, lora_rank=lora))
+    changes = dict(changes)
+    lora = dataclasses.replace(composed.run.finetune, lora_rank=changes.pop("lora", 0))
+    run = dataclasses.replace(composed.run, finetune=lora)
     for kernels, expected in ((fused(ops.Ops()), sums), (ops.Ops(), True)):
-        plan = dataclasses.replace(composed, run=run, kernels=kernels, compiled=compiled)
-        params = fp64_state(composed).params
-        assert plan.inference(params)[1].sums is expected
+        plan = dataclasses.replace(composed, run=run, kernels=kernels, **changes)
+        assert plan.inference(fp64_state(composed).params)[1].sums is expected
 
 
 def test_nothing_is_kept_where_nothing_is_differentiated():

@@ -229,16 +229,16 @@ def run_block(
         Tokens (B, L, D) under ``ops.sums``, else an ``Unsummed``.
     """
     shift1, scale1, gate1, shift2, scale2, gate2 = modulations(p, c)
-    x, h = modulated(x, shift1, scale1, ops)
+    x_BLD, h = modulated(x, shift1, scale1, ops)
     branch = ops.out(attend(*ops.qkv(h, p["qkv"], rotary)), p["out"])
     if "cross" in p:
-        x = ops.gated(x, gate1, branch)
-        x = x + ops.cross(x, p["cross"], *caption)
-        h = ops.modulate(x, shift2, scale2, cfg.mlp_eps)
+        x_BLD = ops.gated(x_BLD, gate1, branch)
+        x_BLD = x_BLD + ops.cross(x_BLD, p["cross"], *caption)
+        h = ops.modulate(x_BLD, shift2, scale2, cfg.mlp_eps)
     else:
-        x, h = ops.gated_modulate(x, gate1, branch, shift2, scale2, cfg.mlp_eps)
+        x_BLD, h = ops.gated_modulate(x_BLD, gate1, branch, shift2, scale2, cfg.mlp_eps)
     branch = ops.mlp(h, p["mlp"])
-    return ops.gated(x, gate2, branch) if ops.sums else Unsummed(x, gate2, branch)
+    return ops.gated(x_BLD, gate2, branch) if ops.sums else Unsummed(x_BLD, gate2, branch)
 
 
 def modulations(p: dict, c: Tensor) -> tuple[Tensor, ...]:
