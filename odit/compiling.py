@@ -27,7 +27,7 @@ def compiled(ops: Ops) -> Ops:
     def layers(block: Callable, params: list, x: Tensor, *args: Any) -> Tensor:
         return ops.layers(compiled_block(block, BACKEND), params, x, *args)
 
-    return replace(ops, layers=layers, sums=True)
+    return replace(ops, layers=layers)
 
 
 @functools.lru_cache(maxsize=64)

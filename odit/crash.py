@@ -377,5 +377,5 @@ def watch(ops: Ops, seen: Seen) -> Ops:
         place = "final."
         return x
 
-    others = [field.name for field in dataclasses.fields(ops) if field.name not in ("layers", "sums")]
-    return Ops(layers=layers, sums=True, **{name: watched(name, getattr(ops, name)) for name in others})
+    sites = {field.name: getattr(ops, field.name) for field in dataclasses.fields(ops) if field.name != "layers"}
+    return Ops(layers=layers, **{name: watched(name, site) for name, site in sites.items()})

@@ -297,7 +297,7 @@ def _on_meta(composed: Plan) -> Plan:
         composed,
         device=memory.META,
         objective=memory.on_meta(composed.objective),
-        kernels=memory.flash_on_meta(composed.kernels),
+        kernels=composed.kernels,
         front=memory.embedded(composed),
     )
 

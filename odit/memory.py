@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from odit import finetune, ops, random, train, tree
+from odit import finetune, random, train, tree
 from odit.draws import draw
 from odit.front import Front
 from odit.parallel import offload, zero
@@ -36,10 +36,8 @@ class Memory(NamedTuple):
 
 def predict(plan: Plan) -> Memory:
     """Weighs a step of ``plan`` as this rank of its mesh would run it; offload auto counts with all on the host."""
-    kernels, objective = flash_on_meta(plan.kernels), on_meta(plan.objective)
-    fake = dataclasses.replace(
-        plan, device=META, objective=objective, kernels=kernels, compiled=False, front=embedded(plan)
-    )
+    objective = on_meta(plan.objective)
+    fake = dataclasses.replace(plan, device=META, objective=objective, compiled=False, front=embedded(plan))
     layout = fake.layout
     offloads = plan.run.parallel.offload != "none"
     parts = [s.local_shape(p.shape) for p, s in zip(tree.leaves(plan.declared), tree.leaves(layout.specs))]
@@ -176,19 +174,6 @@ def embedded(plan: Plan) -> Front:
 
 def on_meta(objective: Any) -> Any:
     return objective.to(META) if hasattr(objective, "to") else objective
-
-
-def flash_on_meta(record: ops.Ops) -> ops.Ops:
-    """PyTorch's attention would take its plain form on meta tensors and keep all scores; flash keeps none."""
-
-    def attend(*qkv):
-        return ops.by_samples(flash, *qkv)
-
-    def flash(q, k, v):
-        found = torch.ops.aten._scaled_dot_product_flash_attention(*(x.transpose(1, 2) for x in (q, k, v)))
-        return found[0].transpose(1, 2)
-
-    return dataclasses.replace(record, attend=attend) if record.attend is ops.attend_sdpa else record
 
 
 def _beside(parts: list[tuple[int, ...]]) -> list[list[torch.Tensor]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,17 +103,21 @@ def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor) -> Tensor:
 
 def attend_sdpa(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor) -> Tensor:
     """``attend`` by PyTorch's scaled_dot_product_attention: flash kernels on GPUs, which know no jvp."""
-    return by_samples(_sdpa, q_BLHK, k_BLHK, v_BLHK)
+    return by_samples(sdpa, q_BLHK, k_BLHK, v_BLHK)
 
 
-def _sdpa(*qkv_BLHK: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in qkv_BLHK)
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+def sdpa(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float | None = None) -> Tensor:
+    """That of samples of one axis, at a scale. On meta tensors it is flash too, by name: PyTorch would take its plain
+    form there, which keeps all scores."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    if q.is_meta:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0].transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 def by_samples(attend: Callable, *qkv: Tensor) -> Tensor:
-    """``attend`` of q, k and v, or of one (..., L, 3, H, K), for samples that may have several axes, by one that takes
-    (B, L, ...): kernels of others take no view of more."""
+    """``attend`` of q, k and v, or of one (..., L, 3, H, K), for samples that may have several axes, by an ``attend``
+    for samples of one: (B, L, ...). It gets copies where the axes are no view of one."""
     dims = 3 if len(qkv) == 3 else 4  # of a sample
     return attend(*(x.flatten(0, -dims - 1) for x in qkv)).unflatten(0, qkv[0].shape[:-dims])
 
@@ -232,12 +237,20 @@ def leave(x_BLD: Tensor) -> Tensor:
     return x_BLD
 
 
-def switch(x_BTSD: Tensor, to: str) -> Tensor:
+def hands_on(site: Callable) -> Callable:
+    """Marks a ``layers`` or ``switch`` that hands on whatever a block gives; others get one tensor (``Ops.sums``)."""
+    site.hands_on = True  # type: ignore
+    return site
+
+
+@hands_on
+def switch(x_BTSD: Any, to: str) -> Any:
     """Tokens of a time x space model on their way to attention over 'time' or 'space', which is whole after this."""
     return x_BTSD
 
 
-def layers(block: Callable, params: list, x: Tensor, *args) -> Tensor:
+@hands_on
+def layers(block: Callable, params: list, x: Any, *args) -> Any:
     """Runs x through ``block(p, x, *args)`` for each p of params."""
     for p in params:
         x = block(p, x, *args)
@@ -264,9 +277,11 @@ class Ops:
     switch: Callable = switch
     uniform: Callable = random.uniform
     normal: Callable = random.normal
-    sums: bool = True
-    """No site: whether a block sums what it gives, as it must where ``layers`` or ``switch`` hand on one tensor alone;
-    else kernels leave that to the next block's first one."""
+
+    @property
+    def sums(self) -> bool:
+        """Whether a block has to sum what it gives; else it may leave that to the next one's first kernel."""
+        return not all(hasattr(site, "hands_on") for site in (self.layers, self.switch))
 
 
 def flash() -> Ops:

@@ -134,7 +134,7 @@ class Plan:
         """The model, by the parameters and the record that ``view`` gave."""
         size = tuple(x.shape[2:])
         if size != self.shape.size:  # of another bucket
-            ops = replace(self.record(size), layers=ops.layers, sums=ops.sums)
+            ops = replace(self.record(size), layers=ops.layers)
         return models.of(self.run.model).forward(params, x, t_B, y, self.run.model, ops)
 
     @property
@@ -175,7 +175,8 @@ class Plan:
         params, ops = self.layout.view(targets, held, self.ops, sink)
         ops = compiling.compiled(ops) if self.compiled else ops
         if self.run.parallel.remat == "selective":
-            ops = remat.recomputing(ops, branches=self.sequence != "megatron")  # whose branches ranks sum
+            claims = sequence.STRATEGIES[self.sequence].claims if self.sequence != "none" else ""
+            ops = remat.recomputing(ops, branches=not claims)  # ranks with parts of weights have parts of branches
         cfg = self.run.finetune
         return params, finetune.adapted(ops, cfg.scale) if cfg.lora_rank else ops
 

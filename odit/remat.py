@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from odit import tree
-from odit.ops import Ops
+from odit.ops import Ops, hands_on
 
 PRODUCTS = ("mm", "addmm", "linear", "gelu_mlp")  # with weights; plain attention's are batched and run again
 ATTENTION = ("attention", "attend")  # in an operator's name: PyTorch's kernels and those of odit
@@ -21,14 +21,14 @@ ATTENTION = ("attention", "attend")  # in an operator's name: PyTorch's kernels 
 def recomputing(ops: Ops, branches: bool = True) -> Ops:
     """The record whose ``layers`` hands on ``selective`` blocks; around ``compiled``, so that it is compiled too.
 
-    ``branches`` says whether what a block would sum is kept anyway, as a product. Else it sums: to hand both on would
-    keep one value a token and channel more.
+    A block may leave its sum to the next one where ``branches`` are kept anyway, as products; else that would keep one
+    value a token and channel more.
     """
 
     def layers(block: Callable, params: list, x: Any, *args: Any) -> Any:
         return ops.layers(selective(block), params, x, *args)
 
-    return replace(ops, layers=layers, sums=ops.sums or not branches)
+    return replace(ops, layers=layers if ops.sums or not branches else hands_on(layers))
 
 
 @functools.lru_cache(maxsize=64)

@@ -630,7 +630,7 @@ def test_check_passes_what_can_be_built(options):
 
 @each_option
 def test_sums_left_to_the_next_modulation_change_nothing(options):
-    """The same bits as of blocks that sum themselves."""
+    """Whatever is not the plain ``layers`` gets blocks that sum themselves, and the same bits."""
     cfg = dataclasses.replace(CFG, **options)
     params, (x, t, y), calls = drawn(cfg, SHAPE), batch(SHAPE), collections.Counter()
 
@@ -646,6 +646,6 @@ def test_sums_left_to_the_next_modulation_change_nothing(options):
         out = dit.forward(tree.unflatten(params, leaves), x, t, y, cfg, Ops(**sites))
         return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
-    found = run(sums=False, **{name: watched(name) for name in ("gated", "modulate", "gated_modulate")})
+    found = run(**{name: watched(name) for name in ("gated", "modulate", "gated_modulate")})
     assert calls == {"modulate": 1, "gated_modulate": 2 * cfg.depth}
-    assert all(map(torch.equal, found, run()))
+    assert all(map(torch.equal, found, run(layers=lambda *args: ops.layers(*args))))

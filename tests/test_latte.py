@@ -507,7 +507,7 @@ def test_sums_left_to_the_next_block_change_nothing(cfg, shape):
         out = forward(tree.unflatten(params, leaves), *given, cfg, record)
         return [out, *torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)]
 
-    found, expected = run(Ops(sums=False, gated=gated)), run(Ops())
+    found, expected = run(Ops(gated=gated)), run(Ops(layers=lambda *args: ops.layers(*args)))
     crossed = cfg.depth if cfg.arch == "dit" else cfg.depth // 2  # their first sum is cross-attention's to read
     assert calls["gated"] == (crossed if dit.crosses(cfg, shape) else 0)
     for a, b in zip(found, expected, strict=True):

@@ -1,6 +1,5 @@
 """Linear layers whose bias gets its gradient by a kernel: against fp64, plain PyTorch, and under every transform."""
 
-import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -247,8 +246,7 @@ def run_block(record, wrap=lambda block: block):
     params = tree.map_with_path(lambda path, p: drawn(path, *p.shape) * 0.3, dit.declare_block(cfg))
     given = (drawn("x", 3, 10, 16), drawn("c", 3, 16), *tree.leaves(params))
     leaves = [leaf.detach().requires_grad_() for leaf in given]
-    block = dit.make_block(cfg, dataclasses.replace(record, sums=True))
-    y = wrap(block)(tree.unflatten(params, leaves[2:]), leaves[0], leaves[1], ())
+    y = wrap(dit.make_block(cfg, record))(tree.unflatten(params, leaves[2:]), leaves[0], leaves[1], ())
     with Counts() as counts:
         grads = torch.autograd.grad(y.square().sum(), leaves)
     return [y, *grads], counts.calls

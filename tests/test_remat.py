@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from odit import config, memory, ops, remat, train, tree
 from odit.data import loader
-from odit.kernels import fused
 from odit.models import dit
 from odit.parallel.mesh import single
 
@@ -54,7 +53,7 @@ def block_on_meta():
     cfg = config.presets()["dit-xl-2"][1].model
     make = lambda shape: torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)  # noqa: E731
     params = tree.map(lambda p: make(p.shape), dit.declare_block(cfg))
-    block = dit.make_block(cfg, memory.flash_on_meta(ops.flash()))
+    block = dit.make_block(cfg, ops.flash())
     return block, params, make((4, 256, cfg.width)), make((4, cfg.width))
 
 
@@ -84,22 +83,22 @@ def test_blocks_that_leave_their_sums_keep_no_more():
     """A block hands on what it would sum: its branch is kept already, x stands for the sum. All gradients as ever."""
     _, params, x, c = block_on_meta()
     cfg = config.presets()["dit-xl-2"][1].model
-    plain = memory.flash_on_meta(ops.flash())
+    plain = ops.flash()
 
     def kept(record, blocks):
         with memory.Weigh([x, c, *tree.leaves(params)]) as weigh:
-            y = record.layers(dit.make_block(cfg, record), [params] * blocks, x, c, ())
+            y = record.layers(dit.make_block(cfg, record, record.sums), [params] * blocks, x, c, ())
             found = weigh.now()
         with Counts() as counts:
             torch.autograd.grad((y.branch if isinstance(y, tuple) else y).sum(), [x, *tree.leaves(params)])
         return found / (2 * x.numel()), counts.calls
 
-    def a_block(sums):
-        record = remat.recomputing(dataclasses.replace(plain, sums=sums))
+    def a_block(record):
         return kept(record, 4)[0] - kept(record, 3)[0]
 
-    assert a_block(True) == a_block(False) < 11.3
-    again, backward = (kept(r, 3)[1] for r in (remat.recomputing(dataclasses.replace(plain, sums=False)), plain))
+    few, summing = remat.recomputing(plain), remat.recomputing(plain, branches=False)
+    assert not few.sums and summing.sums and a_block(few) == a_block(summing) < 11.3
+    again, backward = (kept(record, 3)[1] for record in (few, plain))
     assert again["mm"] + again["addmm"] == backward["mm"] + backward["addmm"]
 
 
@@ -113,26 +112,25 @@ def test_gradients_of_blocks_that_leave_their_sums(arch):
         out = test_latte.forward(tree.unflatten(params, leaves), *given, cfg, record)
         return [out, *torch.autograd.grad(out.square().sum(), leaves)]
 
-    left = ops.Ops(sums=False)
-    assert all(map(torch.equal, run(remat.recomputing(left)), run(left)))
+    assert not remat.recomputing(ops.Ops()).sums
+    assert all(map(torch.equal, run(remat.recomputing(ops.Ops())), run(ops.Ops())))
 
 
 @pytest.mark.parametrize("stage, how, changes, sums", [
     (0, "none", {}, False), (0, "selective", {}, False), (0, "none", {"lora": 2}, False),
-    (0, "block", {}, True), (2, "none", {}, True), (3, "selective", {}, True),
+    (0, "block", {}, True), (2, "none", {}, True), (3, "selective", {}, True), (2, "none", {"lora": 2}, True),
     (0, "selective", {"compiled": True}, True),
     (0, "none", {"sequence": "megatron"}, False), (0, "selective", {"sequence": "megatron"}, True),
 ])  # fmt: skip
 def test_which_blocks_sum(stage, how, changes, sums):
-    """Those whose layers hand on one tensor, those under kernels that gain nothing, and those that would keep more."""
-    pytest.importorskip("triton")
+    """Those whose layers or switch hand on one tensor, and those that would keep more otherwise."""
     composed, _ = fp64_plan(with_(stage, 1, how))
     changes = dict(changes)
     lora = dataclasses.replace(composed.run.finetune, lora_rank=changes.pop("lora", 0))
-    run = dataclasses.replace(composed.run, finetune=lora)
-    for kernels, expected in ((fused(ops.Ops()), sums), (ops.Ops(), True)):
-        plan = dataclasses.replace(composed, run=run, kernels=kernels, **changes)
-        assert plan.inference(fp64_state(composed).params)[1].sums is expected
+    plan = dataclasses.replace(composed, run=dataclasses.replace(composed.run, finetune=lora), **changes)
+    record = plan.inference(fp64_state(composed).params)[1]
+    assert record.sums is sums
+    assert dataclasses.replace(plan.record((4, 4)), layers=record.layers).sums is sums  # of another bucket
 
 
 def test_nothing_is_kept_where_nothing_is_differentiated():

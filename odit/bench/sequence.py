@@ -105,7 +105,7 @@ def place_of(cfg: Sequence, model: Config, name: str, length: int, sp: int) -> P
 def measure_block(cfg: Sequence, model: Config, place: Place, name: str) -> dict[str, Any]:
     """Transfers and bytes kept for backward of one block (of two, over space and time, for dsp) on meta tensors."""
     dtype, n, paired = plan.DTYPES[cfg.precision], place.axis.size, name == "dsp"
-    kernels = memory.flash_on_meta(flash())
+    kernels = flash()
     ops = sequences.build(name, kernels, place)
     declared = dit.declare_block(model)
     shares = tree.map(lambda s, p: s.share_shape(p.shape), spec.specs(declared, n, False, n, place.claimed), declared)

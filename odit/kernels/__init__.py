@@ -36,7 +36,6 @@ def fused(ops: Ops) -> Ops:
         mlp=mlp,
         uniform=uniform,
         normal=normal,
-        sums=False,
     )
 
 

@@ -47,12 +47,6 @@ class Backend:
 # --- PyTorch's ---
 
 
-def sdpa(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
-    """Whatever PyTorch chooses."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-
-
 def cudnn(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:
     """cuDNN's, by PyTorch's operator of it: no context manager, hence no flags to set and reset a call."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
@@ -120,7 +114,7 @@ BACKENDS = {
     b.name: b
     for b in (
         Backend("plain", plain, _always, "reference attention"),
-        Backend("sdpa", sdpa, _always, "PyTorch's choice of attention", repeats=False),
+        Backend("sdpa", reference.sdpa, _always, "PyTorch's choice of attention", repeats=False),
         Backend("flash2", flash2, functools.partial(_needs_gpu, (8, 0)), "FlashAttention 2 (PyTorch's)", repeats=False),
         Backend("cudnn", cudnn, functools.partial(_needs_gpu, (9, 0)), "cuDNN's attention", repeats=False),
         Backend(
@@ -251,8 +245,6 @@ def with_attention(ops: Ops, choice: Choice, size: int, packs: bool = False) -> 
     With ``packs`` the results of ``qkv`` go into ``attend`` and nowhere else, and may be one tensor.
     """
     scale, backend = size**-0.5, choice.backend
-    if backend.name == "sdpa":
-        return replace(ops, attend=reference.attend_sdpa)  # by its name, which memory.py looks for
     ops = replace(ops, attend=lambda q, k, v: _along_axes(backend.attend, q, k, v, scale=scale))
     if packs and backend.attend_packed is not None:
         ops = _packed(ops, scale, backend.attend_packed)
@@ -260,16 +252,15 @@ def with_attention(ops: Ops, choice: Choice, size: int, packs: bool = False) -> 
 
 
 def _along_axes(attend: Callable, *given: Tensor, scale: float) -> Tensor:
-    """``attend`` of q, k and v, or of one (B, L, 3, H, K), which takes samples of one axis. Where they have two, few
-    tokens go to the kernel that reads them where they lie, more by copies."""
+    """``attend`` for samples of one axis, of q, k and v or of one (B, L, 3, H, K). Where they have two, few tokens go
+    to the own kernel, which reads them where they lie, more by copies."""
     dims = 3 if len(given) == 3 else 4  # of a sample
     if given[0].ndim == 1 + dims:
         return attend(*given, scale)
-    if importlib.util.find_spec("triton") is not None:
-        from odit.kernels import short_attention as own
+    from odit.kernels import short_attention as own
 
-        if given[0].shape[-dims] <= own.FEW:
-            return (own.attend if dims == 3 else own.attend_packed)(*given, scale)
+    if own.reaches(given[0]):
+        return (own.attend if dims == 3 else own.attend_packed)(*given, scale)
     return reference.by_samples(lambda *xs: attend(*xs, scale), *given)
 
 

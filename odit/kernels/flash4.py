@@ -53,8 +53,8 @@ COMPILED = set()  # what has run in this process: name, shape, dtype and setting
 
 def run(name: str, *args: Any, **settings: Any) -> tuple[Any, ...]:
     """What its function of this name gives, the first time without the warnings of its compiler."""
-    told = sorted((key, value) for key, value in settings.items() if not isinstance(value, Tensor))
-    fn, key = getattr(load(), name), (name, args[0].shape, args[0].dtype, *told)
+    plain = sorted((key, value) for key, value in settings.items() if not isinstance(value, Tensor))
+    fn, key = getattr(load(), name), (name, args[0].shape, args[0].dtype, *plain)
     if key in COMPILED:
         return fn(*args, **settings)
     with warnings.catch_warnings():
@@ -81,7 +81,7 @@ def _(q, k, v, scale, repeats):
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, repeats: bool
 ) -> Tensor:
-    """dq, dk and dv as one (B, L, 3, H, K), each written in its place: no copy puts them together for ``packed``."""
+    """dq, dk and dv as one (B, L, 3, H, K), each written in its place: ``attend_packed`` needs no copy of all three."""
     d = _gradient(q)
     dq, dk, dv = d.unbind(2)
     run("_flash_attn_bwd", q, k, v, o, do.contiguous(), lse, scale, deterministic=repeats, dq=dq, dk=dk, dv=dv)

@@ -282,7 +282,7 @@ def passes(L: int) -> list[tuple[int, dict[str, Any]]]:
 
 
 def room(q: Tensor, *rest: int) -> Tensor:
-    """For a result (B, L, *rest) or (B, S, L, *rest), whose tokens lie in memory as those of q do."""
+    """For a result (B, L, *rest), contiguous, or (B, S, L, *rest), of which that is inside which is in q, S or L."""
     if q.ndim == 4:
         return q.new_empty((*q.shape[:2], *rest))
     B, S, L = q.shape[:3]
@@ -302,20 +302,20 @@ def inputs_gradients(q_BLHK: Tensor, lse_BHL: Tensor) -> tuple[Tensor, Tensor]:
     return room(q_BLHK, 3, *q_BLHK.shape[-2:]), torch.empty_like(lse_BHL)
 
 
-def steps(*tensors_BLHK: Tensor) -> list[int]:
+def strides(*tensors_BLHK: Tensor) -> list[int]:
     """How far samples lie apart, along their two axes (0 where they have one), and tokens, of each."""
     return [step for x in tensors_BLHK for step in (x.stride(0), x.stride(1) if x.ndim > 4 else 0, x.stride(-3))]
 
 
 def forward(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """o, contiguous, and lse (B, H, L) in fp32."""
+    """o, which lies as q does, and lse (B, H, L) in fp32."""
     o, lse = outputs(q_BLHK)
     q, k, v = map(by_rows, (q_BLHK, k_BLHK, v_BLHK))
     *samples, L, H, K = q.shape
     tuning, spans = forward_pass(L)
     launch(
         forward_kernel, math.prod(samples) * H * spans, q.device, q, k, v, o, lse, math.prod(samples[1:]), H,
-        *steps(q, k, v, o), scale, q_h=q.stride(-2), k_h=k.stride(-2), v_h=v.stride(-2), L=L, K=K, WIDTHS=parts(K),
+        *strides(q, k, v, o), scale, q_h=q.stride(-2), k_h=k.stride(-2), v_h=v.stride(-2), L=L, K=K, WIDTHS=parts(K),
         M=tuning.queries, N=tuning.keys, STEPS=tuning.steps, STAGES=tuning.stages, SPANS=spans, **options(tuning),
     )  # fmt: skip
     return o, lse
@@ -337,18 +337,19 @@ def backward(
     do_BLHK: Tensor, dlse_BHL: Tensor, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, o_BLHK: Tensor, lse_BHL: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dq, dk and dv as one (B, L, 3, H, K), contiguous, and delta (B, H, L) in fp32."""
+    """dq, dk and dv as one (B, L, 3, H, K), which lies as q does, and delta (B, H, L) in fp32."""
     d, delta = inputs_gradients(q_BLHK, lse_BHL)
     do, q, k, v, o = map(by_rows, (do_BLHK, q_BLHK, k_BLHK, v_BLHK, o_BLHK))
     *samples, L, H, K = q.shape
     o = o if o.stride(-2) == K else o.contiguous()
     dlse, lse = (x.contiguous() for x in (dlse_BHL, lse_BHL))
-    tensors = (q, k, v, o, do, lse, dlse, d, delta, math.prod(samples[1:]), H, *steps(q, k, v, o, do, d[..., 0, :, :]))
+    tensors = (q, k, v, o, do, lse, dlse, d, delta)
+    sizes = (math.prod(samples[1:]), H, *strides(q, k, v, o, do, d[..., 0, :, :]))
     constants = {"q_h": q.stride(-2), "k_h": k.stride(-2), "v_h": v.stride(-2), "do_h": do.stride(-2), "L": L, "K": K}
     for spans, how in passes(L):
         launch(
-            backward_kernel, math.prod(samples) * H * spans, q.device, *tensors, scale, **constants, WIDTHS=parts(K),
-            SPANS=spans, **how,
+            backward_kernel, math.prod(samples) * H * spans, q.device, *tensors, *sizes, scale, **constants,
+            WIDTHS=parts(K), SPANS=spans, **how,
         )  # fmt: skip
     return d, delta
 
@@ -432,6 +433,13 @@ def takes(scale: float, *tensors: Tensor) -> bool:
     """Whether the kernels serve these; else the reference runs."""
     alike = all(x.shape == tensors[0].shape for x in tensors)
     return served(WIDEST, *tensors) and alike and tensors[0].shape[-3] <= LONGEST and scale > 0
+
+
+def reaches(x: Tensor) -> bool:
+    """Whether samples of two axes, (B, S, L, H, K) or (B, S, L, 3, H, K), are done where they lie: few tokens in half
+    precision (on a CPU in any), whose gradients' offsets fit in 32 bits."""
+    few = x.shape[2] <= FEW and x.shape[-1] <= WIDEST and (x.element_size() == 2 or not x.is_cuda)
+    return few and 3 * math.prod(x.shape[1:3]) * math.prod(x.shape[-2:]) < 2**31
 
 
 def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:

@@ -117,7 +117,7 @@ def forward(params: dict, x: Tensor, t_B: Tensor, y: Any, cfg: Config, ops: Ops 
     c_BD, caption = condition(params, t_B, y, cfg)
     h, rotary = ops.enter(h, *rotary)
     blocks, c = for_blocks(params, c_BD)
-    h = ops.layers(make_block(cfg, ops), blocks, h, c, rotary, *caption)
+    h = ops.layers(make_block(cfg, ops, ops.sums), blocks, h, c, rotary, *caption)
     return nn.unpatchify(ops.leave(final(params["final"], h, c_BD, ops)), size, cfg.patch, cfg.frame_patch)
 
 
@@ -172,7 +172,7 @@ def final(p: dict, x: Tensor | Unsummed, c_BD: Tensor, ops: Ops) -> Tensor:
 
 class Unsummed(NamedTuple):
     """x + gate branch, whose sum is left to the modulation after it: both are one pass over memory, and so are their
-    gradients. x and branch are (B, L, D), gate (B, D)."""
+    gradients. x and branch are (B, L, D), or (B, T, S, D) between blocks of Latte, gate (B, D)."""
 
     x: Tensor
     gate: Tensor
@@ -191,20 +191,20 @@ def modulated(x: Tensor | Unsummed, shift: Tensor, scale: Tensor, ops: Ops) -> t
     return x, ops.modulate(x, shift, scale)
 
 
-def make_block(cfg: Config, ops: Ops) -> Callable:
+def make_block(cfg: Config, ops: Ops, sums: bool = True) -> Callable:
     """One block as a function ``(p, x_BLD, c, rotary, *caption) -> x_BLD``; one object per (cfg, sites in it).
 
-    Without ``ops.sums`` it gives, and after the first one gets, an ``Unsummed``.
+    Without ``sums`` it gives, and after the first one gets, an ``Unsummed``.
     """
-    return _make_block(cfg, replace(ops, layers=layers))
+    return _make_block(cfg, replace(ops, layers=layers), sums)
 
 
 @functools.lru_cache(maxsize=64)
-def _make_block(cfg: Config, ops: Ops) -> Callable:
+def _make_block(cfg: Config, ops: Ops, sums: bool) -> Callable:
     """Must not see ``ops.layers``, which a layout makes anew each step around that step's weights."""
 
     def block(p: dict, x: Tensor | Unsummed, c: Tensor, rotary: tuple[Tensor, ...], *caption: Tensor) -> Any:
-        return run_block(cfg, ops, ops.attend, p, x, c, rotary, *caption)
+        return run_block(cfg, ops, ops.attend, p, x, c, rotary, *caption, sums=sums)
 
     return block
 
@@ -218,15 +218,15 @@ def run_block(
     c: Tensor,
     rotary: tuple,
     *caption: Tensor,
+    sums: bool = True,
 ) -> Tensor | Unsummed:
     """A block of the paper, with cross-attention to captions after self-attention where p has it (PixArt-alpha).
 
     Args:
-        attend: what the tokens do with q, k and v (B L H K).
+        attend: what the tokens do with what ``ops.qkv`` gives.
         c: silu(c) (B, D), or (B, 6 D) under adaLN-single.
         x: tokens (B, L, D), or the ``Unsummed`` of the block before.
-    Returns:
-        Tokens (B, L, D) under ``ops.sums``, else an ``Unsummed``.
+        sums: whether it gives tokens (B, L, D), or an ``Unsummed``.
     """
     shift1, scale1, gate1, shift2, scale2, gate2 = modulations(p, c)
     x_BLD, h = modulated(x, shift1, scale1, ops)
@@ -238,7 +238,7 @@ def run_block(
     else:
         x_BLD, h = ops.gated_modulate(x_BLD, gate1, branch, shift2, scale2, cfg.mlp_eps)
     branch = ops.mlp(h, p["mlp"])
-    return ops.gated(x_BLD, gate2, branch) if ops.sums else Unsummed(x_BLD, gate2, branch)
+    return ops.gated(x_BLD, gate2, branch) if sums else Unsummed(x_BLD, gate2, branch)
 
 
 def modulations(p: dict, c: Tensor) -> tuple[Tensor, ...]:

@@ -45,7 +45,7 @@ def forward(params: dict, x_BCTHW: Tensor, t_B: Tensor, y: Any, cfg: Config, ops
     c_BD, caption = dit.condition(params, t_B, y, cfg)
     x, _ = ops.enter(x_BTSD)
     blocks, c = dit.for_blocks(params, c_BD)
-    x = ops.layers(make_pair(cfg, ops), blocks, x, c, (time_TD,), *caption)
+    x = ops.layers(make_pair(cfg, ops, ops.sums), blocks, x, c, (time_TD,), *caption)
     h = dit.final(params["final"], dit.each(x, flat), c_BD, ops).unflatten(1, (-1, rows * columns))
     return nn.unpatchify(ops.leave(h).flatten(1, 2), size, cfg.patch, cfg.frame_patch)
 
@@ -60,27 +60,26 @@ def _frames_table(frames: int, width: int, device: torch.device, dtype: torch.dt
     return nn.sincos_1d(torch.arange(frames), width).to(device, dtype)
 
 
-def make_pair(cfg: Config, ops: Ops) -> Callable:
+def make_pair(cfg: Config, ops: Ops, sums: bool = True) -> Callable:
     """A block over space and one over time as ``(p, x_BTSD, c, (time_TD,), *caption) -> x_BTSD``.
 
-    Without ``ops.sums`` it gives, and after the first one gets, an ``Unsummed``.
+    Without ``sums`` it gives, and after the first one gets, an ``Unsummed``.
     """
-    return _make_pair(cfg, replace(ops, layers=layers))
+    return _make_pair(cfg, replace(ops, layers=layers), sums)
 
 
 @functools.lru_cache(maxsize=64)
-def _make_pair(cfg: Config, ops: Ops) -> Callable:
+def _make_pair(cfg: Config, ops: Ops, sums: bool) -> Callable:
     def pair(p: dict, x: Tensor | Unsummed, c: Tensor, tables: tuple[Tensor], *caption: Tensor) -> Tensor | Unsummed:
         x = ops.switch(block(p["space"], x, in_space, c, *caption), "time")
-        if "first" in p:
-            time_T1D = tables[0][:, None]
-            x = x._replace(x=x.x + time_T1D) if isinstance(x, Unsummed) else x + time_T1D
+        x = plus(x, tables[0][:, None]) if "first" in p else x
         return ops.switch(block(p["time"], x, in_time, c), "space")
 
     def block(p: dict, x: Tensor | Unsummed, attend: Callable, c: Tensor, *caption: Tensor) -> Tensor | Unsummed:
         """DiT's block of (B, T, S, D)."""
         frames = (x.x if isinstance(x, Unsummed) else x).shape[1]
-        y = dit.run_block(cfg, ops, functools.partial(attend, frames), p, dit.each(x, flat), c, (), *caption)
+        attend = functools.partial(attend, frames)
+        y = dit.run_block(cfg, ops, attend, p, dit.each(x, flat), c, (), *caption, sums=sums)
         return dit.each(y, lambda z: z.unflatten(1, (frames, -1)))
 
     def in_space(frames: int, *qkv: Tensor) -> Tensor:
@@ -93,6 +92,11 @@ def _make_pair(cfg: Config, ops: Ops) -> Callable:
         return ops.attend(*(y.unflatten(1, (frames, -1)).transpose(1, 2) for y in qkv)).transpose(1, 2).flatten(1, 2)
 
     return pair
+
+
+def plus(x: Tensor | Unsummed, table: Tensor) -> Tensor | Unsummed:
+    """The tokens and a table of positions."""
+    return x._replace(x=x.x + table) if isinstance(x, Unsummed) else x + table
 
 
 def time_space(cfg: Config, size: Size) -> int:

@@ -34,7 +34,7 @@ def build(ops: Ops, place: Place) -> Ops:
     def leave(x_BtSD: Tensor) -> Tensor:
         return collectives.all_gather(x_BtSD, axis, 1, frames)
 
-    return replace(ops, enter=enter, switch=switch, leave=leave, sums=True)
+    return replace(ops, enter=enter, switch=switch, leave=leave)
 
 
 def both_shares(place: Place) -> tuple[collectives.Sizes, collectives.Sizes]:

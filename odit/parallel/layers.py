@@ -102,7 +102,7 @@ def run_layers(ops: Ops, blocks: Local | Sharded, remat: bool = False) -> Ops:
         shards = [leaf for p in params for leaf in tree.leaves(p)]
         return _Layers.apply(block, blocks, remat, params, args_tree, x, *args_tree.tensors, *shards)
 
-    return replace(ops, layers=layers, sums=True)
+    return replace(ops, layers=layers)
 
 
 class _Args(NamedTuple):
