@@ -47,8 +47,19 @@ def kernels_of(run: Run, shape: Shape, sizes: Sequence[Size], device: torch.devi
 
         mlp = gelu_mlp.Mlp(*mlp_sizes(run, strategy))
         ops, line = gelu_mlp.chosen(ops, device, DTYPES[run.precision], mlp, run.parallel.remat)
-        told += f"; {line}; {quack.told(device, DTYPES[run.precision])}"
+        told += f"{along_time(run, (shape.size, *sizes))}; {line}; {quack.told(device, DTYPES[run.precision])}"
     return attention.with_attention(ops, found, cfg.head_size, packs), told
+
+
+def along_time(run: Run, sizes: Sequence[Size]) -> str:
+    """Words on attention along time, where blocks are over space and time in turn."""
+    cfg, own = run.model, True
+    for size in sizes:
+        if (frames := models.of(cfg).time_space(cfg, size)) == 1:
+            return ""
+        places = models.num_tokens(cfg, size) // frames
+        own &= attention.own_along_time(places, frames, cfg.heads, cfg.head_size, DTYPES[run.precision])
+    return "; along time odit's kernel" if own else "; along time the same or, for few frames, odit's kernel"
 
 
 def mlp_sizes(run: Run, strategy: str) -> tuple[str, int, int, int]:

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from odit import param, tree
-from odit.ops import Ops, hands_on
+from odit.ops import Ops, hands_on_any
 from odit.param import Param
 
 BLOCKS = "blocks"
@@ -185,7 +185,7 @@ def adapted(ops: Ops, scale: float) -> Ops:
     def layers(block: Callable, params: list, x: Any, *args: Any) -> Any:
         return ops.layers(_merging(block, scale), params, x, *args)
 
-    return replace(ops, layers=layers if ops.sums else hands_on(layers))
+    return replace(ops, layers=layers if ops.sums else hands_on_any(layers))
 
 
 @functools.lru_cache(maxsize=64)

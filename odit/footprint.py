@@ -297,7 +297,6 @@ def _on_meta(composed: Plan) -> Plan:
         composed,
         device=memory.META,
         objective=memory.on_meta(composed.objective),
-        kernels=composed.kernels,
         front=memory.embedded(composed),
     )
 

@@ -95,7 +95,7 @@ def rotate(x_BLHK: Tensor, cos_Lk: Tensor, sin_Lk: Tensor) -> Tensor:
 
 def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, every query to every token of its sample; plain maths, so jvp and vmap go through.
-    Samples may have several axes: (..., L, H, K)."""
+    Samples may be along several dims: (..., L, H, K)."""
     q, k, v = (x.transpose(-3, -2) for x in (q_BLHK, k_BLHK, v_BLHK))
     scores = at_least_fp32((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2))
     return (torch.softmax(scores, -1).to(v.dtype) @ v).transpose(-3, -2)
@@ -107,8 +107,8 @@ def attend_sdpa(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor) -> Tensor:
 
 
 def sdpa(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float | None = None) -> Tensor:
-    """That of samples of one axis, at a scale. On meta tensors it is flash too, by name: PyTorch would take its plain
-    form there, which keeps all scores."""
+    """PyTorch's attention of (B, L, H, K), at a scale; on meta tensors flash, by name, where PyTorch would take its
+    plain form, which keeps all scores."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
     if q.is_meta:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0].transpose(1, 2)
@@ -116,8 +116,8 @@ def sdpa(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float | None = N
 
 
 def by_samples(attend: Callable, *qkv: Tensor) -> Tensor:
-    """``attend`` of q, k and v, or of one (..., L, 3, H, K), for samples that may have several axes, by an ``attend``
-    for samples of one: (B, L, ...). It gets copies where the axes are no view of one."""
+    """``attend``, which takes (B, L, ...), of q, k and v (..., L, H, K), or of one (..., L, 3, H, K): it sees copies
+    where the leading dims cannot be viewed as one."""
     dims = 3 if len(qkv) == 3 else 4  # of a sample
     return attend(*(x.flatten(0, -dims - 1) for x in qkv)).unflatten(0, qkv[0].shape[:-dims])
 
@@ -237,19 +237,20 @@ def leave(x_BLD: Tensor) -> Tensor:
     return x_BLD
 
 
-def hands_on(site: Callable) -> Callable:
-    """Marks a ``layers`` or ``switch`` that hands on whatever a block gives; others get one tensor (``Ops.sums``)."""
-    site.hands_on = True  # type: ignore
+def hands_on_any(site: Callable) -> Callable:
+    """Marks a ``layers`` or ``switch`` that hands on whatever a block gives, and not one tensor alone. Only where both
+    are marked may blocks leave their sums to the next one (``Ops.sums``)."""
+    site.hands_on_any = site  # type: ignore  # itself: a wrapper that copies attributes is not marked
     return site
 
 
-@hands_on
+@hands_on_any
 def switch(x_BTSD: Any, to: str) -> Any:
     """Tokens of a time x space model on their way to attention over 'time' or 'space', which is whole after this."""
     return x_BTSD
 
 
-@hands_on
+@hands_on_any
 def layers(block: Callable, params: list, x: Any, *args) -> Any:
     """Runs x through ``block(p, x, *args)`` for each p of params."""
     for p in params:
@@ -281,7 +282,7 @@ class Ops:
     @property
     def sums(self) -> bool:
         """Whether a block has to sum what it gives; else it may leave that to the next one's first kernel."""
-        return not all(hasattr(site, "hands_on") for site in (self.layers, self.switch))
+        return not all(getattr(site, "hands_on_any", None) is site for site in (self.layers, self.switch))
 
 
 def flash() -> Ops:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from odit import models
 from odit.footprint import Part, attended, gelu_in_products, graphed, parts
-from odit.kernels.attention import BACKENDS
+from odit.kernels.attention import BACKENDS, own_along_time
 from odit.parallel import sequence
 from odit.parallel.collectives import shares
 from odit.plan import Plan
@@ -137,20 +137,22 @@ def _products_s(composed: Plan, machine: Rates, capability: tuple[int, int]) -> 
 
 
 def _attention_s(composed: Plan, machine: Rates, capability: tuple[int, int]) -> Block:
-    """The mean over blocks where these attend to space and to time in turn."""
+    """The mean over blocks where these attend to space and to time in turn; not the copies that many frames take."""
     cfg, size, n = composed.run.model, composed.shape.size, composed.mesh.sp.size
     frames, length = models.of(cfg).time_space(cfg, size), models.num_tokens(cfg, size)
     lengths = (length // frames, frames) if frames > 1 else (length,)
     entry = attended(composed.run, composed.shape, composed.sequence, capability)
     merged = composed.sequence in ("ring", "usp")
     backend = "flash2" if merged else entry.backend if entry else None
+    own = frames > 1 and own_along_time(length // frames, frames, cfg.heads, cfg.head_size, composed.dtype)
+    backends = (backend, "triton" if own else backend)
     heads = (
         cfg.width if merged or frames > 1 else cfg.head_size * shares(cfg.heads, n)[0] * n
     )  # most on a rank, n times
     moved = 4 * composed.micro_batch * length * cfg.width * composed.dtype.itemsize / n
     found = [
-        machine.attention_s(seen, cfg.head_size, 4 * composed.micro_batch * length * seen * heads / n, moved, backend)
-        for seen in lengths
+        machine.attention_s(seen, cfg.head_size, 4 * composed.micro_batch * length * seen * heads / n, moved, which)
+        for seen, which in zip(lengths, backends)
     ]
     return Block(sum(f for f, _ in found) / len(found), sum(b for _, b in found) / len(found), 0.0)
 

@@ -176,7 +176,8 @@ class Plan:
         ops = compiling.compiled(ops) if self.compiled else ops
         if self.run.parallel.remat == "selective":
             claims = sequence.STRATEGIES[self.sequence].claims if self.sequence != "none" else ""
-            ops = remat.recomputing(ops, branches=not claims)  # ranks with parts of weights have parts of branches
+            # of claimed weights ranks have parts: a branch is summed over them, after the product that is kept
+            ops = remat.recomputing(ops, keeps_branches=not claims)
         cfg = self.run.finetune
         return params, finetune.adapted(ops, cfg.scale) if cfg.lora_rank else ops
 

@@ -12,23 +12,23 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from odit import tree
-from odit.ops import Ops, hands_on
+from odit.ops import Ops, hands_on_any
 
 PRODUCTS = ("mm", "addmm", "linear", "gelu_mlp")  # with weights; plain attention's are batched and run again
 ATTENTION = ("attention", "attend")  # in an operator's name: PyTorch's kernels and those of odit
 
 
-def recomputing(ops: Ops, branches: bool = True) -> Ops:
+def recomputing(ops: Ops, keeps_branches: bool = True) -> Ops:
     """The record whose ``layers`` hands on ``selective`` blocks; around ``compiled``, so that it is compiled too.
 
-    A block may leave its sum to the next one where ``branches`` are kept anyway, as products; else that would keep one
+    A block may leave its sum to the next one where it ``keeps_branches`` anyway, as products; else that would keep one
     value a token and channel more.
     """
 
     def layers(block: Callable, params: list, x: Any, *args: Any) -> Any:
         return ops.layers(selective(block), params, x, *args)
 
-    return replace(ops, layers=layers if ops.sums or not branches else hands_on(layers))
+    return replace(ops, layers=layers if ops.sums or not keeps_branches else hands_on_any(layers))
 
 
 @functools.lru_cache(maxsize=64)

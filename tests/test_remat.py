@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 
 import pytest
 import test_latte
@@ -10,7 +11,7 @@ from test_compile import SECONDS, compiled_steps, compiling_by
 from test_zero import KEY, assert_equals_one_rank, fp64_plan, fp64_state, three_steps, with_
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from odit import config, memory, ops, remat, train, tree
+from odit import config, crash, memory, ops, remat, train, tree
 from odit.data import loader
 from odit.models import dit
 from odit.parallel.mesh import single
@@ -96,7 +97,7 @@ def test_blocks_that_leave_their_sums_keep_no_more():
     def a_block(record):
         return kept(record, 4)[0] - kept(record, 3)[0]
 
-    few, summing = remat.recomputing(plain), remat.recomputing(plain, branches=False)
+    few, summing = remat.recomputing(plain), remat.recomputing(plain, keeps_branches=False)
     assert not few.sums and summing.sums and a_block(few) == a_block(summing) < 11.3
     again, backward = (kept(record, 3)[1] for record in (few, plain))
     assert again["mm"] + again["addmm"] == backward["mm"] + backward["addmm"]
@@ -131,6 +132,13 @@ def test_which_blocks_sum(stage, how, changes, sums):
     record = plan.inference(fp64_state(composed).params)[1]
     assert record.sums is sums
     assert dataclasses.replace(plan.record((4, 4)), layers=record.layers).sums is sums  # of another bucket
+
+
+def test_sites_that_are_not_marked_get_sums():
+    """dsp's switch, a replay's layers, and a stranger's that wraps ours."""
+    copied = functools.wraps(ops.layers)(lambda *args: ops.layers(*args))
+    records = (ops.Ops(layers=copied), ops.Ops(switch=lambda x, to: x), crash.watch(ops.Ops(), crash.Seen()))
+    assert [record.sums for record in (*records, ops.Ops())] == [True, True, True, False]
 
 
 def test_nothing_is_kept_where_nothing_is_differentiated():

@@ -220,10 +220,10 @@ def test_the_empty_share_of_a_rank():
     assert o.shape == (2, 0, 2, 16) and torch.autograd.grad(o.sum(), qkv)[0].shape == qkv.shape
 
 
-# ------------------------------------------------------------------------------------------------- samples of two axes
+# ----------------------------------------------------------------------------------------------- samples along two dims
 
 
-def of_two_axes(x, inside):
+def along_two_dims(x, inside):
     """(B, S, L, ...), the tokens of a sample side by side in memory or, ``inside``, the samples."""
     return x.transpose(1, 2).contiguous().transpose(1, 2) if inside else x.contiguous()
 
@@ -232,7 +232,7 @@ def of_two_axes(x, inside):
     "device, size", [("cpu", (2, 3, 9, 2, 24)), pytest.param("cuda", (2, 70, 16, 16, 72), marks=pytest.mark.gpu)]
 )
 @pytest.mark.parametrize("inside", [True, False])
-def test_samples_of_two_axes_are_read_and_written_where_they_lie(device, size, inside):
+def test_samples_along_two_dims_are_read_and_written_where_they_lie(device, size, inside):
     B, S, L, H, K = size
     qkv, do = (x.unflatten(0, (B, S)) for x in drawn(B * S, L, H, K, BF16 if device == "cuda" else FP32, device))
     leaf = qkv.flatten(0, 1).requires_grad_()
@@ -240,22 +240,22 @@ def test_samples_of_two_axes_are_read_and_written_where_they_lie(device, size, i
     (dqkv,) = torch.autograd.grad(expected, leaf, do.flatten(0, 1))
     expected, dqkv = (x.detach().unflatten(0, (B, S)) for x in (expected, dqkv))
 
-    whole = of_two_axes(qkv, inside).requires_grad_()
+    whole = along_two_dims(qkv, inside).requires_grad_()
     o = attend_packed(whole, 0.2)
-    (found,) = torch.autograd.grad(o, whole, of_two_axes(do, not inside))
+    (found,) = torch.autograd.grad(o, whole, along_two_dims(do, not inside))
     assert torch.equal(o, expected) and torch.equal(found, dqkv)
     for x in (o, found):
         assert (x.transpose(1, 2) if inside else x).is_contiguous()
 
-    slices = [of_two_axes(x, inside).requires_grad_() for x in qkv.unbind(-3)]
+    slices = [along_two_dims(x, inside).requires_grad_() for x in qkv.unbind(-3)]
     o = attend(*slices, 0.2)
     assert torch.equal(o, expected)
     assert all(map(torch.equal, torch.autograd.grad(o, slices, do), dqkv.unbind(-3)))
 
 
-def test_transforms_of_samples_of_two_axes():
-    qkv, do = (of_two_axes(x.unflatten(0, (2, 2)), True) for x in drawn(4, 5, 2, 16))
-    change = of_two_axes(drawn(4, 5, 2, 16)[0].flip(0).unflatten(0, (2, 2)), True)
+def test_transforms_of_samples_along_two_dims():
+    qkv, do = (along_two_dims(x.unflatten(0, (2, 2)), True) for x in drawn(4, 5, 2, 16))
+    change = along_two_dims(drawn(4, 5, 2, 16)[0].flip(0).unflatten(0, (2, 2)), True)
 
     def used(fn, x, w):
         return (fn(x) * w).sin().sum()
@@ -343,7 +343,7 @@ GRAD_LOOKED_AT = pytest.mark.filterwarnings("ignore:The .grad attribute of a Ten
 def test_the_registered_operators(name, axes):
     qkv, do = drawn(2, 5, 1, 16)
     if axes == 2:
-        qkv, do = (of_two_axes(x.unflatten(0, (1, 2)), True) for x in (qkv, do))
+        qkv, do = (along_two_dims(x.unflatten(0, (1, 2)), True) for x in (qkv, do))
     given = [qkv] if name.endswith("packed") else [x.clone() for x in qkv.unbind(-3)]
     given = [x.detach().requires_grad_() for x in given]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")

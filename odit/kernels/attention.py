@@ -245,23 +245,30 @@ def with_attention(ops: Ops, choice: Choice, size: int, packs: bool = False) -> 
     With ``packs`` the results of ``qkv`` go into ``attend`` and nowhere else, and may be one tensor.
     """
     scale, backend = size**-0.5, choice.backend
-    ops = replace(ops, attend=lambda q, k, v: _along_axes(backend.attend, q, k, v, scale=scale))
+    ops = replace(ops, attend=lambda q, k, v: _attend_samples(backend.attend, q, k, v, scale=scale))
     if packs and backend.attend_packed is not None:
         ops = _packed(ops, scale, backend.attend_packed)
     return ops if choice.wide == size else _widened(ops, choice.wide - size)
 
 
-def _along_axes(attend: Callable, *given: Tensor, scale: float) -> Tensor:
-    """``attend`` for samples of one axis, of q, k and v or of one (B, L, 3, H, K). Where they have two, few tokens go
-    to the own kernel, which reads them where they lie, more by copies."""
+def _attend_samples(attend: Callable, *given: Tensor, scale: float) -> Tensor:
+    """``attend`` for samples along one dim, of q, k and v or of one (B, L, 3, H, K). Where they are along two, few
+    tokens go to the own kernel, which reads them where they lie, more by copies; plain maths takes any."""
     dims = 3 if len(given) == 3 else 4  # of a sample
-    if given[0].ndim == 1 + dims:
+    if given[0].ndim == 1 + dims or attend is plain:
         return attend(*given, scale)
     from odit.kernels import short_attention as own
 
     if own.reaches(given[0]):
         return (own.attend if dims == 3 else own.attend_packed)(*given, scale)
     return reference.by_samples(lambda *xs: attend(*xs, scale), *given)
+
+
+def own_along_time(places: int, frames: int, heads: int, size: int, dtype: torch.dtype) -> bool:
+    """Whether attention along time, of heads of ``size`` on a GPU, goes to the own kernel."""
+    from odit.kernels.short_attention import reaches
+
+    return reaches(torch.empty((1, places, frames, heads, size), dtype=dtype, device="meta"))
 
 
 def _packed(ops: Ops, scale: float, attend_packed: Callable) -> Ops:
@@ -275,7 +282,7 @@ def _packed(ops: Ops, scale: float, attend_packed: Callable) -> Ops:
         return (linear(h_BLD, w.flatten(0, 2), b.flatten()).unflatten(-1, w.shape[:3]),)
 
     def attend_either(*given: Tensor) -> Tensor:
-        return _along_axes(attend_packed, *given, scale=scale) if len(given) == 1 else ops.attend(*given)
+        return _attend_samples(attend_packed, *given, scale=scale) if len(given) == 1 else ops.attend(*given)
 
     return replace(ops, qkv=qkv, attend=attend_either)
 

@@ -13,9 +13,9 @@ time. S and dP are computed for each of the two, which costs two more products t
 keys, but needs neither atomics (the bits are the same every time) nor room in memory. A sample that is one block is
 done at once.
 
-q, k and v may be slices of one tensor (B, L, 3, H, K); their gradients always are. Samples may have two axes, (B, S, L,
-H, K): a clip's tokens along time, a sample a place, are read where they lie, (B, L, S, H, K) in memory, and o and the
-gradients are written so.
+q, k and v may be slices of one tensor (B, L, 3, H, K); their gradients always are. Samples may be along two dims,
+(B, S, L, H, K), wherever a name says BLHK: a clip's tokens along time, a sample a place, are read where they lie,
+(B, L, S, H, K) in memory, and o and the gradients are written so.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Tuning(NamedTuple):
 FORWARD = Tuning(queries=64, keys=64, steps=1, stages=2, warps=4, registers=128)
 QUERIES = Tuning(queries=64, keys=64, steps=1, stages=2, warps=4)
 KEYS = Tuning(queries=32, keys=64, steps=1, stages=2, warps=4)  # 64 queries would not fit in its registers
-WHOLE = {16: 1, 32: 2, 64: 4}  # rows of a sample that backward does at once, and its warps; up to 32 forward too
+WHOLE = {16: 1, 32: 2, 64: 4}  # rows of a sample that is one block of backward, and warps; of forward too below 64
 
 
 @triton.jit
@@ -282,7 +282,7 @@ def passes(L: int) -> list[tuple[int, dict[str, Any]]]:
 
 
 def room(q: Tensor, *rest: int) -> Tensor:
-    """For a result (B, L, *rest), contiguous, or (B, S, L, *rest), of which that is inside which is in q, S or L."""
+    """For a result (B, L, *rest), contiguous, or (B, S, L, *rest), laid out as q: S outside of L, or L outside of S."""
     if q.ndim == 4:
         return q.new_empty((*q.shape[:2], *rest))
     B, S, L = q.shape[:3]
@@ -303,7 +303,7 @@ def inputs_gradients(q_BLHK: Tensor, lse_BHL: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def strides(*tensors_BLHK: Tensor) -> list[int]:
-    """How far samples lie apart, along their two axes (0 where they have one), and tokens, of each."""
+    """How far samples lie apart, along their two dims (0 where that is one), and tokens, of each."""
     return [step for x in tensors_BLHK for step in (x.stride(0), x.stride(1) if x.ndim > 4 else 0, x.stride(-3))]
 
 
@@ -436,9 +436,9 @@ def takes(scale: float, *tensors: Tensor) -> bool:
 
 
 def reaches(x: Tensor) -> bool:
-    """Whether samples of two axes, (B, S, L, H, K) or (B, S, L, 3, H, K), are done where they lie: few tokens in half
-    precision (on a CPU in any), whose gradients' offsets fit in 32 bits."""
-    few = x.shape[2] <= FEW and x.shape[-1] <= WIDEST and (x.element_size() == 2 or not x.is_cuda)
+    """Whether samples along two dims, (B, S, L, H, K) or (B, S, L, 3, H, K), are done where they lie: few tokens in
+    half precision (on a CPU in any), whose gradients' offsets fit in 32 bits."""
+    few = x.shape[2] <= FEW and x.shape[-1] <= WIDEST and (x.element_size() == 2 or x.device.type == "cpu")
     return few and 3 * math.prod(x.shape[1:3]) * math.prod(x.shape[-2:]) < 2**31
 
 

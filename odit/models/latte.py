@@ -76,19 +76,19 @@ def _make_pair(cfg: Config, ops: Ops, sums: bool) -> Callable:
         return ops.switch(block(p["time"], x, in_time, c), "space")
 
     def block(p: dict, x: Tensor | Unsummed, attend: Callable, c: Tensor, *caption: Tensor) -> Tensor | Unsummed:
-        """DiT's block of (B, T, S, D)."""
+        """DiT's block: (B, T, S, D) to (B, T, S, D), or an ``Unsummed`` of these to another."""
         frames = (x.x if isinstance(x, Unsummed) else x).shape[1]
         attend = functools.partial(attend, frames)
         y = dit.run_block(cfg, ops, attend, p, dit.each(x, flat), c, (), *caption, sums=sums)
         return dit.each(y, lambda z: z.unflatten(1, (frames, -1)))
 
     def in_space(frames: int, *qkv: Tensor) -> Tensor:
-        """Attention of the tokens (B, T S, ...) of a frame."""
+        """Attention within each frame; q, k, v are (B, T S, H, K), or one (B, T S, 3, H, K)."""
         o = ops.attend(*(y.unflatten(1, (frames, -1)).flatten(0, 1) for y in qkv))
         return o.unflatten(0, (-1, frames)).flatten(1, 2)
 
     def in_time(frames: int, *qkv: Tensor) -> Tensor:
-        """That of the tokens of a place: samples of two axes (B, S), whose tokens lie a frame apart."""
+        """Attention along time, each place for itself: samples along B and S, whose tokens lie a frame apart."""
         return ops.attend(*(y.unflatten(1, (frames, -1)).transpose(1, 2) for y in qkv)).transpose(1, 2).flatten(1, 2)
 
     return pair
