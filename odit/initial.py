@@ -184,12 +184,14 @@ def _check_same(source: Source, plan: Plan, fitted: set[str]) -> None:
 
 def _check_trained(plan: Plan, drawn: dict[str, str]) -> None:
     """Refuses leaves that would stay as they are drawn."""
-    trains = dict(zip(tree.paths(plan.declared), plan.trained))
+    cfg, trains = plan.run.finetune, dict(zip(tree.paths(plan.declared), plan.trained))
+    given = () if cfg.train == finetune.EVERYTHING else cfg.train
     for path, told in drawn.items():
         if not trains[path]:
+            patterns = " ".join(f'"{pattern}"' for pattern in (*given, f"{_pattern(path).rpartition('.')[0]}.*"))
             raise ValueError(
-                f"finetune.train {' '.join(plan.run.finetune.train)} leaves {told} as it is drawn at step 0: "
-                f"add {_pattern(path).rpartition('.')[0]}.* to it"
+                f"{told} would stay as it is drawn at step 0, as finetune.train has "
+                f"{' '.join(given) if given else 'adapters alone'}: use --finetune.train {patterns}"
             )
 
 

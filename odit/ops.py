@@ -260,7 +260,7 @@ def layers(block: Callable, params: list, x: Any, *args) -> Any:
 
 @dataclass(frozen=True)
 class Ops:
-    """One function a site; the defaults are the single-device reference. Contracts stand in DESIGN 3."""
+    """One function a site; the defaults are the single-device reference, whose docstrings are the contracts."""
 
     enter: Callable = enter
     layers: Callable = layers

@@ -1,7 +1,7 @@
 """Parameters are declared once: shape, dimension letters and initial draw; everything else derives from it.
 
 A declaration is a tree of ``Param``. ``init`` draws it, ``count`` sizes it, a layout reads its ``dims``.
-The letters are those of DESIGN 8: D width, H heads, K head size, F ffn width, C channels, V classes; a digit or a
+The letters: D width, H heads, K head size, F ffn width, C channels, V classes; a digit or a
 lower-case letter names a dim no rule speaks of.
 """
 

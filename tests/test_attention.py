@@ -25,6 +25,12 @@ def hopper(monkeypatch):
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
 
 
+def test_a_gpu_that_was_not_measured_is_told(hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    found = attention.choose(H200, torch.bfloat16, 72, 256)
+    assert found.backend.name == "sdpa" and "(compute capability 8.0 was not measured)" in found.told
+
+
 @pytest.mark.parametrize(
     "size, length, widens, backend, wide, told",
     [

@@ -31,7 +31,7 @@ each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def drawn(cfg, shape, dtype=F64, seed=0):
-    """Every leaf random, zero-initialised ones and biases too: a DiT as initialised hides every error (DESIGN 5)."""
+    """Every leaf random, zero-initialised ones and biases too: a DiT as initialised hides every error."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(path, p):

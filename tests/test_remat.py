@@ -141,6 +141,15 @@ def test_sites_that_are_not_marked_get_sums():
     assert [record.sums for record in (*records, ops.Ops())] == [True, True, True, False]
 
 
+@pytest.mark.parametrize("stage, how", [(2, "none"), (3, "none"), (0, "block")])
+def test_layers_of_a_strategy_are_refused_where_they_would_not_run(stage, how):
+    composed, _ = fp64_plan(with_(stage, 1, how))
+    own = dataclasses.replace(composed.kernels, layers=lambda *args: ops.layers(*args))
+    plan = dataclasses.replace(composed, kernels=own)
+    with pytest.raises(ValueError, match=r"layers of its own.* --parallel.zero 0 or 1 and --parallel.remat none"):
+        plan.inference(fp64_state(composed).params)
+
+
 def test_nothing_is_kept_where_nothing_is_differentiated():
     block, params, x, c = block_on_meta()
     with torch.no_grad(), memory.Weigh([x, c, *tree.leaves(params)]) as weigh:

@@ -330,7 +330,7 @@ def moved(mesh, name, length, heads):
     return recorder.totals(forward), recorder.totals(backward), told
 
 
-TABLE = {  # elements a rank receives a block, in units of M = B L D; forward, backward (DESIGN 4)
+TABLE = {  # elements a rank receives a block, in units of M = B L D; forward, backward (README)
     "fastseq": lambda n, u, r: ((n - 1) / n + (n - 1) / n**2,) * 2,
     "ulysses": lambda n, u, r: (4 * (n - 1) / n**2,) * 2,
     "ring": lambda n, u, r: (2 * (n - 1) / n, 4 * (n - 1) / n),

@@ -206,15 +206,16 @@ def choose(
     """
     if device.type != "cuda":
         return Choice(BACKENDS["plain"], size, "reference attention (no GPU)")
-    passed = ""
-    for entry in entries(torch.cuda.get_device_capability(device), size, length, widens, repeats):
+    passed, capability = "", torch.cuda.get_device_capability(device)
+    for entry in entries(capability, size, length, widens, repeats):
         backend = BACKENDS[entry.backend]
         if why := backend.obstacle(device, dtype, entry.wide):
             passed = passed or f"; not {backend.told}: {why}"
             continue
         wider = f", heads of {size} as {entry.wide}" if entry.wide != size else ""
         return Choice(backend, entry.wide, f"{backend.told}{wider} (measured: {entry.told}{passed}){_told(backend)}")
-    reason = passed.removeprefix("; ") or f"head size {size} was not measured"
+    unmeasured = f"head size {size}" if capability in TABLE else f"compute capability {capability[0]}.{capability[1]}"
+    reason = passed.removeprefix("; ") or f"{unmeasured} was not measured"
     if not repeats:
         return Choice(BACKENDS["sdpa"], size, f"{BACKENDS['sdpa'].told} ({reason}){_told(BACKENDS['sdpa'])}")
     own = BACKENDS["triton"]

@@ -175,9 +175,10 @@ def _check_latte(cfg: Config, size: Size) -> None:
     if len(size) != 3:
         raise ValueError("model.arch is latte but the data has pictures, not clips: use --model.arch dit")
     if size[0] // cfg.frame_patch < 2:
+        smaller = f"--model.frame-patch {size[0] // 2} or less, " if size[0] > 1 else ""
         raise ValueError(
             f"model.arch latte attends along time and {size[0]} frames in patches of {cfg.frame_patch} leave one: "
-            "use more frames, or --model.arch dit"
+            f"use {smaller}more frames, or --model.arch dit"
         )
     if cfg.depth % 2:
         raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from odit import tree
 from odit.ops import Ops
+from odit.ops import layers as plain_layers
 from odit.parallel import recorder
 from odit.parallel.bundle import Convoy, Gathering, Whole, free_
 
@@ -95,7 +96,15 @@ def run_layers(ops: Ops, blocks: Local | Sharded, remat: bool = False) -> Ops:
     """The record whose ``layers`` gathers, frees and reduces as ``zero`` tells.
 
     With ``remat`` a block keeps its input alone and runs forward again in backward, on the weights gathered for that.
+
+    Raises:
+        ValueError: the record has other ``layers`` already, which would not run.
     """
+    if ops.layers is not plain_layers:
+        raise ValueError(
+            "a strategy has layers of its own, in whose place ZeRO 2 and 3 and remat block have theirs: use "
+            "--parallel.zero 0 or 1 and --parallel.remat none or selective with it"
+        )
 
     def layers(block: Callable, params: list, x: Tensor, *args: Any) -> Tensor:
         args_tree = _Args.of(args)
