@@ -240,7 +240,7 @@ def leave(x_BLD: Tensor) -> Tensor:
 def hands_on_any(site: Callable) -> Callable:
     """Marks a ``layers`` or ``switch`` that hands on whatever a block gives, and not one tensor alone. Only where both
     are marked may blocks leave their sums to the next one (``Ops.sums``)."""
-    site.hands_on_any = site  # type: ignore  # itself: a wrapper that copies attributes is not marked
+    site.hands_on_any = id(site)  # type: ignore  # its own: a wrapper that copies attributes is not marked
     return site
 
 
@@ -282,7 +282,7 @@ class Ops:
     @property
     def sums(self) -> bool:
         """Whether a block has to sum what it gives; else it may leave that to the next one's first kernel."""
-        return not all(getattr(site, "hands_on_any", None) is site for site in (self.layers, self.switch))
+        return not all(getattr(site, "hands_on_any", None) == id(site) for site in (self.layers, self.switch))
 
 
 def flash() -> Ops:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import weakref
 
 import pytest
 import test_latte
@@ -139,6 +140,8 @@ def test_sites_that_are_not_marked_get_sums():
     copied = functools.wraps(ops.layers)(lambda *args: ops.layers(*args))
     records = (ops.Ops(layers=copied), ops.Ops(switch=lambda x, to: x), crash.watch(ops.Ops(), crash.Seen()))
     assert [record.sums for record in (*records, ops.Ops())] == [True, True, True, False]
+    left = weakref.ref(remat.recomputing(ops.Ops()).layers)
+    assert left() is None  # a mark that held its function would keep a step's records until the collector runs
 
 
 @pytest.mark.parametrize("stage, how", [(2, "none"), (3, "none"), (0, "block")])
