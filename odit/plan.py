@@ -175,9 +175,8 @@ class Plan:
         params, ops = self.layout.view(targets, held, self.ops, sink)
         ops = compiling.compiled(ops) if self.compiled else ops
         if self.run.parallel.remat == "selective":
-            claims = sequence.STRATEGIES[self.sequence].claims if self.sequence != "none" else ""
             # of claimed weights ranks have parts: a branch is summed over them, after the product that is kept
-            ops = remat.recomputing(ops, keeps_branches=not claims)
+            ops = remat.recomputing(ops, keeps_branches=not _claims(self.sequence))
         cfg = self.run.finetune
         return params, finetune.adapted(ops, cfg.scale) if cfg.lora_rank else ops
 
@@ -309,8 +308,12 @@ def _place(run: Run, size: Size, mesh: Mesh) -> Place:
 def _claimed(name: str, model: Config, sp: int) -> str:
     """The letters that a strategy claims and sp divides; other weights are stored as ever, and sliced where used."""
     sizes = {"H": model.heads, "F": model.ffn}
-    claims = sequence.STRATEGIES[name].claims if name != "none" else ""
-    return "".join(letter for letter in claims if sizes[letter] % sp == 0)
+    return "".join(letter for letter in _claims(name) if sizes[letter] % sp == 0)
+
+
+def _claims(name: str) -> str:
+    """The letters of the dims on which a strategy would have weights stored split."""
+    return sequence.STRATEGIES[name].claims if name != "none" else ""
 
 
 def alone(run: Run) -> Run:

@@ -169,12 +169,12 @@ def test_attention_along_time(monkeypatch, name, wide, packs, qk_norm, frames, a
     cfg = dit.Config(arch="latte", width=16, depth=2, heads=2, patch=2, qk_norm=qk_norm)
     seen = []
 
-    def watch(module, name, axes):
+    def watch(module, name, dims):
         site = getattr(module, name)
 
         def watched(*args, **settings):
             tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
-            seen.extend([name] * (tensor.ndim in axes))
+            seen.extend([name] * (tensor.ndim in dims))
             return site(*args, **settings)
 
         monkeypatch.setattr(module, name, watched)

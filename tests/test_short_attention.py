@@ -339,10 +339,10 @@ GRAD_LOOKED_AT = pytest.mark.filterwarnings("ignore:The .grad attribute of a Ten
 
 @GRAD_LOOKED_AT
 @pytest.mark.parametrize("name", ["short_attention", "short_attention_packed"])
-@pytest.mark.parametrize("axes", [1, 2])
-def test_the_registered_operators(name, axes):
+@pytest.mark.parametrize("dims", [1, 2])
+def test_the_registered_operators(name, dims):
     qkv, do = drawn(2, 5, 1, 16)
-    if axes == 2:
+    if dims == 2:
         qkv, do = (along_two_dims(x.unflatten(0, (1, 2)), True) for x in (qkv, do))
     given = [qkv] if name.endswith("packed") else [x.clone() for x in qkv.unbind(-3)]
     given = [x.detach().requires_grad_() for x in given]

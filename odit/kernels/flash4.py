@@ -53,8 +53,8 @@ COMPILED = set()  # what has run in this process: name, shape, dtype and setting
 
 def run(name: str, *args: Any, **settings: Any) -> tuple[Any, ...]:
     """What its function of this name gives, the first time without the warnings of its compiler."""
-    plain = sorted((key, value) for key, value in settings.items() if not isinstance(value, Tensor))
-    fn, key = getattr(load(), name), (name, args[0].shape, args[0].dtype, *plain)
+    values = sorted((key, value) for key, value in settings.items() if not isinstance(value, Tensor))
+    fn, key = getattr(load(), name), (name, args[0].shape, args[0].dtype, *values)
     if key in COMPILED:
         return fn(*args, **settings)
     with warnings.catch_warnings():
@@ -98,22 +98,6 @@ def _(do, q, k, v, o, lse, scale, repeats):
     return _gradient(q)
 
 
-def _keep(ctx, inputs, output):
-    q, k, v, ctx.scale, ctx.repeats = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, do, dlse):
-    if do is None:
-        return (None,) * 5
-    return *_backward(do, *ctx.saved_tensors, ctx.scale, ctx.repeats).unbind(2), None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep)
-
-
 @torch.library.custom_op("odit::attend_fa4_packed", mutates_args=())
 def _forward_packed(qkv: Tensor, scale: float, repeats: bool) -> tuple[Tensor, Tensor]:
     o, lse, *_ = run("_flash_attn_fwd", *qkv.unbind(2), softmax_scale=scale, return_lse=True)
@@ -126,21 +110,25 @@ def _(qkv, scale, repeats):
     return qkv.new_empty((B, L, H, K)), qkv.new_empty((B, H, L), dtype=torch.float32)
 
 
-def _keep_packed(ctx, inputs, output):
-    qkv, ctx.scale, ctx.repeats = inputs
-    ctx.save_for_backward(qkv, *output)
+def _keep(ctx, inputs, output):
+    """Of q, k and v, or of one tensor of them."""
+    *given, ctx.scale, ctx.repeats = inputs
+    ctx.save_for_backward(*given, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_packed(ctx, do, dlse):
+def _differentiate(ctx, do, dlse):
+    *given, o, lse = ctx.saved_tensors
     if do is None:
-        return None, None, None
-    qkv, o, lse = ctx.saved_tensors
-    return _backward(do, *qkv.unbind(2), o, lse, ctx.scale, ctx.repeats), None, None
+        return *(None for _ in given), None, None
+    q, k, v = given if len(given) == 3 else given[0].unbind(2)
+    d = _backward(do, q, k, v, o, lse, ctx.scale, ctx.repeats)
+    return *(d.unbind(2) if len(given) == 3 else (d,)), None, None
 
 
-_forward_packed.register_autograd(_differentiate_packed, setup_context=_keep_packed)
+_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward_packed.register_autograd(_differentiate, setup_context=_keep)
 
 
 def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> Tensor:

@@ -323,7 +323,7 @@ def forward(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> tup
 
 def fastest_forward(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """``forward``, or where that is faster cuDNN's kernel: on Hopper in half precision for more than a few tokens (256:
-    0.157 ms against 0.180 where backward takes 0.593) of samples along one axis."""
+    0.157 ms against 0.180 where backward takes 0.593) of samples along one dim."""
     x = q_BLHK
     few = x.ndim > 4 or x.shape[1] <= FEW or x.dtype == torch.float32
     if few or not x.is_cuda or torch.cuda.get_device_capability(x.device) != (9, 0):

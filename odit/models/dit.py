@@ -180,7 +180,7 @@ class Unsummed(NamedTuple):
 
 
 def each(x: Tensor | Unsummed, fn: Callable[[Tensor], Tensor]) -> Any:
-    """``fn`` of tokens, or of both that are to be summed."""
+    """``fn`` of tokens (B, L, D) or (B, T, S, D), or of both x and branch of an ``Unsummed``, which it stays."""
     return x._replace(x=fn(x.x), branch=fn(x.branch)) if isinstance(x, Unsummed) else fn(x)
 
 

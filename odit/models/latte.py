@@ -95,7 +95,7 @@ def _make_pair(cfg: Config, ops: Ops, sums: bool) -> Callable:
 
 
 def plus(x: Tensor | Unsummed, table: Tensor) -> Tensor | Unsummed:
-    """The tokens and a table of positions."""
+    """Tokens (B, T, S, D), summed or not, and a table of positions (T, 1, D)."""
     return x._replace(x=x.x + table) if isinstance(x, Unsummed) else x + table
 
 
