@@ -153,7 +153,8 @@ def latte_gradients(cfg, frames, side, record, dtype, device="cpu"):
     leaves = [p.to(device, dtype).requires_grad_() for p in tree.leaves(params)]
     x, t, y = x.to(device, dtype), t.to(device, dtype), torch.tensor([0, 2], device=device)
     out = latte.forward(tree.unflatten(params, leaves), x, t, y, cfg, record)
-    return [g.double() for g in (out, *torch.autograd.grad(out.square().sum(), leaves))]
+    gradients = torch.autograd.grad(out.square().sum(), leaves)
+    return [g.double() for g in (out.detach(), *gradients)]
 
 
 @pytest.mark.parametrize("name, wide, packs, qk_norm, frames, along", [
