@@ -15,15 +15,15 @@ from odit.parallel import collectives
 from odit.parallel import mesh as m
 
 REFUSED = {  # (world, dp, sp): words of the message
-    (8, None, 3): "--parallel.sp 3 does not divide 8 ranks: use 2 or 4",
-    (8, None, 16): "--parallel.sp 16 does not divide 8 ranks: use 8",
-    (6, None, 4): "--parallel.sp 4 does not divide 6 ranks: use 3 or 6",
-    (7, None, 2): "--parallel.sp 2 does not divide 7 ranks: use 1 or 7",
-    (1, None, 2): "--parallel.sp 2 does not divide 1 rank: use 1",
+    (8, None, 3): "--parallel.sp 3 does not divide 8 ranks: use 2 or 4, or start 9 ranks with torchrun",
+    (8, None, 16): "--parallel.sp 16 does not divide 8 ranks: use 8, or start 16 ranks with torchrun",
+    (6, None, 4): "--parallel.sp 4 does not divide 6 ranks: use 3 or 6, or start 8 ranks with torchrun",
+    (7, None, 2): "--parallel.sp 2 does not divide 7 ranks: use 1 or 7, or start 8 ranks with torchrun",
+    (1, None, 2): "--parallel.sp 2 does not divide 1 rank: use 1, or start 2 ranks with torchrun",
     (8, 3, 2): "makes 6 ranks and there are 8: use --parallel.dp 4, or start 6 ranks",
     (8, 2, 2): "makes 4 ranks and there are 8: use --parallel.dp 4 or --parallel.sp 4, or start 4 ranks",
     (4, 8, 1): "makes 8 ranks and there are 4: use --parallel.dp 4, or start 8 ranks",
-    (1, 2, 1): "makes 2 ranks and there are 1: use --parallel.dp 1, or start 2 ranks",
+    (1, 2, 1): "makes 2 ranks and there are 1: use --parallel.dp 1, or start 2 ranks with torchrun",
     (4, 0, 1): "--parallel.dp 0: it must be at least 1",
     (4, None, 0): "--parallel.sp 0: it must be at least 1",
     (4, -2, 2): "--parallel.dp -2: it must be at least 1",

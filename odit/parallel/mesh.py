@@ -86,18 +86,21 @@ def check_mesh(world: int, dp: int | None, sp: int, cfg: int = 1) -> tuple[int, 
         if value is not None and value < 1:
             raise ValueError(f"--parallel.{name} {value}: it must be at least 1")
     if world % sp:
-        raise ValueError(f"--parallel.sp {sp} does not divide {_ranks(world)}: use {_nearest(world, sp)}")
+        raise ValueError(
+            f"--parallel.sp {sp} does not divide {_ranks(world)}: use {_nearest(world, sp)}, "
+            f"or {_start(-(-world // sp) * sp)}"
+        )
     if dp is not None and dp * sp != world:
         fixes = [f"--parallel.dp {world // sp}"]
         if world % dp == 0:
             fixes.append(f"--parallel.sp {world // dp}")
         raise ValueError(
             f"--parallel.dp {dp} x --parallel.sp {sp} makes {_ranks(dp * sp)} and there are {world}: "
-            f"use {' or '.join(fixes)}, or start {_ranks(dp * sp)}"
+            f"use {' or '.join(fixes)}, or {_start(dp * sp)}"
         )
     if (samples := world // sp) % cfg:
-        more = _ranks(-(-samples // cfg) * cfg * sp)
-        raise ValueError(f"parallel.cfg {cfg} does not divide dp, which is {samples}: use 1, or start {more}")
+        more = _start(-(-samples // cfg) * cfg * sp)
+        raise ValueError(f"parallel.cfg {cfg} does not divide dp, which is {samples}: use 1, or {more}")
     return world // sp, sp
 
 
@@ -352,6 +355,10 @@ def _nearest(world: int, asked: int) -> str:
 
 def _ranks(count: int) -> str:
     return f"{count} rank{'s' * (count != 1)}"
+
+
+def _start(count: int) -> str:
+    return f"start {_ranks(count)} with torchrun"
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
