@@ -271,7 +271,7 @@ def _same(run: Run) -> Run:
 def _weigh(run: Run, shape: Shape, capability: tuple[int, int], depth: int, batch: int) -> tuple[int, int]:
     """(kept by the forward pass, needed beside it by backward) of so many blocks and samples, in bytes."""
     run = replace(run, model=replace(run.model, depth=depth), global_batch=batch)
-    composed = _on_meta(pretend(run, shape, run.parallel.sp or 1, capability))
+    composed = memory.on_meta(pretend(run, shape, run.parallel.sp or 1, capability))
     layout, device = composed.layout, memory.META
     parts = [s.local_shape(p.shape) for p, s in zip(tree.leaves(composed.declared), tree.leaves(layout.specs))]
     sample, trained = composed.shape.sample, composed.trained
@@ -290,15 +290,6 @@ def _weigh(run: Run, shape: Shape, capability: tuple[int, int], depth: int, batc
         kept = weigh.now() - before
         torch.autograd.grad(loss, wanted, allow_unused=True)
         return kept, weigh.peak - before - kept
-
-
-def _on_meta(composed: Plan) -> Plan:
-    return replace(
-        composed,
-        device=memory.META,
-        objective=memory.on_meta(composed.objective),
-        front=memory.embedded(composed),
-    )
 
 
 def after_backward(composed: Plan, capability: tuple[int, int]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -36,8 +36,7 @@ class Memory(NamedTuple):
 
 def predict(plan: Plan) -> Memory:
     """Weighs a step of ``plan`` as this rank of its mesh would run it; offload auto counts with all on the host."""
-    objective = on_meta(plan.objective)
-    fake = dataclasses.replace(plan, device=META, objective=objective, compiled=False, front=embedded(plan))
+    fake = on_meta(plan)
     layout = fake.layout
     offloads = plan.run.parallel.offload != "none"
     parts = [s.local_shape(p.shape) for p, s in zip(tree.leaves(plan.declared), tree.leaves(layout.specs))]
@@ -172,8 +171,10 @@ def embedded(plan: Plan) -> Front:
     return Front(features)
 
 
-def on_meta(objective: Any) -> Any:
-    return objective.to(META) if hasattr(objective, "to") else objective
+def on_meta(plan: Plan) -> Plan:
+    """The plan of steps without data: on meta tensors, eager, and captions without their encoder."""
+    objective = plan.objective.to(META) if hasattr(plan.objective, "to") else plan.objective
+    return dataclasses.replace(plan, device=META, objective=objective, compiled=False, front=embedded(plan))
 
 
 def _beside(parts: list[tuple[int, ...]]) -> list[list[torch.Tensor]]:

@@ -223,8 +223,7 @@ def kept_bytes(name, sp):
     layout = Parallel(sp=sp, sequence=name if sp > 1 else "none", ulysses=inner)
     run = dataclasses.replace(run, data=images, parallel=layout)
     composed = plan.make(run, data.open_dataset(run.data), mesh)
-    kernels, objective = ops.flash(), composed.objective.to("meta")
-    composed = dataclasses.replace(composed, device=memory.META, kernels=kernels, objective=objective)
+    composed = dataclasses.replace(memory.on_meta(composed), kernels=ops.flash())
     specs = composed.layout.specs
     shapes = tree.map(lambda p, s: torch.empty(s.local_shape(p.shape), device="meta"), composed.declared, specs)
     held = composed.layout.hold(shapes)

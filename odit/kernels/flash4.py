@@ -70,11 +70,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, repeats: bool) -> tu
     return o, lse
 
 
+def _outputs(q_BLHK: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for o (B, L, H, K) and log-sum-exp (B, H, L)."""
+    B, L, H, K = q_BLHK.shape
+    return q_BLHK.new_empty((B, L, H, K)), q_BLHK.new_empty((B, H, L), dtype=torch.float32)
+
+
 @_forward.register_fake
 def _(q, k, v, scale, repeats):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        (q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32
-    )
+    return _outputs(q)
 
 
 @torch.library.custom_op("odit::attend_fa4_backward", mutates_args=())
@@ -89,6 +93,7 @@ def _backward(
 
 
 def _gradient(q_BLHK: Tensor) -> Tensor:
+    """Room for dq, dk and dv as one (B, L, 3, H, K)."""
     B, L, H, K = q_BLHK.shape
     return q_BLHK.new_empty((B, L, 3, H, K))
 
@@ -106,8 +111,7 @@ def _forward_packed(qkv: Tensor, scale: float, repeats: bool) -> tuple[Tensor, T
 
 @_forward_packed.register_fake
 def _(qkv, scale, repeats):
-    B, L, _, H, K = qkv.shape
-    return qkv.new_empty((B, L, H, K)), qkv.new_empty((B, H, L), dtype=torch.float32)
+    return _outputs(qkv[:, :, 0])
 
 
 def _keep(ctx, inputs, output):
